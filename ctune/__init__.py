@@ -1,0 +1,3 @@
+"""ctune: contrastive tuning of image encoders. Importing this package never imports torch."""
+
+__version__ = "0.1.0"

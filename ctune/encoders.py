@@ -1,0 +1,113 @@
+"""Which encoder to tune, and what is known of it without torch. Never imports torch."""
+
+import difflib
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ctune.schema import Fault, JsonObject, Schema
+
+ImageSize = Annotated[int, Field(ge=8, le=4096)]
+
+
+class TimmEncoder(Schema):
+    """An encoder of timm, pretrained or from scratch."""
+
+    source: Literal["timm"] = "timm"
+    name: str
+    """timm model name, with or without a weight tag: `vit_small_patch16_224.augreg_in21k`."""
+    pretrained: bool = True
+    """Load the published weights; false starts from random weights."""
+    image_size_px: ImageSize | None = None
+    """Side of the square input; null for the encoder's own."""
+    options: JsonObject = {}
+    """The architecture's keyword arguments: `{"patch_size": 4, "depth": 6}`."""
+
+
+class FileEncoder(Schema):
+    """A timm architecture with weights from a safetensors file on the machine that trains."""
+
+    source: Literal["file"] = "file"
+    path: str
+    """Path of a `.safetensors` file, or of a directory exported by ctune."""
+    name: str | None = None
+    """timm architecture of the weights; not needed for a directory exported by ctune."""
+    image_size_px: ImageSize | None = None
+    """Side of the square input; null for the encoder's own."""
+    options: JsonObject = {}
+    """The architecture's keyword arguments."""
+
+
+class ModelEncoder(Schema):
+    """The result of an earlier job."""
+
+    source: Literal["model"] = "model"
+    id: str
+    """Model id, `mdl_…`."""
+    image_size_px: ImageSize | None = None
+    """Side of the square input; null for the model's own."""
+
+
+EncoderConfig = Annotated[TimmEncoder | FileEncoder | ModelEncoder, Field(discriminator="source")]
+
+
+class KnownEncoder(Schema):
+    """What the catalogue says of one timm architecture."""
+
+    image_size_px: int
+    patch_size_px: int | None = None
+    """Patch side of a vision transformer; null for other families."""
+    tags: list[str] = []
+    """Published weights."""
+
+
+@cache
+def catalogue() -> dict[str, KnownEncoder]:
+    """Return the timm architectures by name, from `encoders.json` (made by `make encoders`)."""
+    known = json.loads(files("ctune").joinpath("encoders.json").read_text(encoding="utf-8"))
+    return {name: KnownEncoder(**fields) for name, fields in known.items()}
+
+
+def check_encoder(encoder: TimmEncoder | FileEncoder | ModelEncoder) -> list[Fault]:
+    """Return what is wrong with an encoder as far as it shows without torch.
+
+    Unknown names get the closest known ones as advice; the image size must be a multiple of the
+    patch size. Pointers start inside the encoder block.
+    """
+    if isinstance(encoder, ModelEncoder) or encoder.name is None:
+        return []
+    name, _, tag = encoder.name.partition(".")
+    known = catalogue().get(name)
+    if known is None:
+        close = difflib.get_close_matches(name, catalogue(), n=3)
+        advice = f" Close names: {', '.join(close)}." if close else ""
+        detail = f"timm has no architecture {name!r}.{advice}"
+        return [Fault(pointer="/name", code="unknown_encoder", detail=detail)]
+    faults = []
+    if tag and tag not in known.tags:
+        detail = f"{name!r} has no weights {tag!r}. It has: {', '.join(known.tags) or 'none'}."
+        faults.append(Fault(pointer="/name", code="unknown_weights", detail=detail))
+    if isinstance(encoder, TimmEncoder) and encoder.pretrained and not known.tags:
+        detail = f"{name!r} has no published weights. Set pretrained to false."
+        faults.append(Fault(pointer="/pretrained", code="no_weights", detail=detail))
+    return faults + _size_faults(encoder, known)
+
+
+def _size_faults(encoder: TimmEncoder | FileEncoder, known: KnownEncoder) -> list[Fault]:
+    patch_size_px = encoder.options.get("patch_size", known.patch_size_px)
+    size_px = encoder.image_size_px or known.image_size_px
+    if not isinstance(patch_size_px, int) or isinstance(patch_size_px, bool):
+        if patch_size_px is None:
+            return []
+        detail = f"patch_size must be a whole number of pixels, not {patch_size_px!r}."
+        return [Fault(pointer="/options/patch_size", code="invalid_type", detail=detail)]
+    if patch_size_px >= 1 and size_px % patch_size_px == 0:
+        return []
+    detail = (
+        f"image_size_px {size_px} is not a multiple of the patch size {patch_size_px}."
+        f" Use {max(1, size_px // max(patch_size_px, 1)) * patch_size_px} or another patch_size."
+    )
+    return [Fault(pointer="/image_size_px", code="size_not_multiple_of_patch", detail=detail)]

@@ -1,0 +1,174 @@
+"""What a running child says: one JSON object per line, appended and flushed. Never imports torch.
+
+The child (training or ingestion) writes; the supervisor reads whole new lines and stores each under
+(job, attempt, seq), so that reading a line twice is harmless. `docs/events.md` lists the kinds.
+"""
+
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+from ctune.schema import JsonObject, Schema
+
+
+class EventBase(Schema):
+    """What every event carries; `seq` counts from 0 within one attempt."""
+
+    seq: int = 0
+    time: float = 0.0
+
+
+class Started(EventBase):
+    """The child runs: where, with which versions, resumed from which step."""
+
+    event: Literal["started"] = "started"
+    message: str
+    details: JsonObject = {}
+
+
+class StageStarted(EventBase):
+    """A stage begins (or goes on after a resume) and will end at `total_steps`."""
+
+    event: Literal["stage"] = "stage"
+    stage: str
+    step: int = 0
+    total_steps: int = 0
+
+
+class Progress(EventBase):
+    """How far the whole run is; `fraction` in [0, 1]; `seconds_remaining` None when unknown."""
+
+    event: Literal["progress"] = "progress"
+    stage: str
+    step: int
+    total_steps: int
+    fraction: float
+    seconds_remaining: float | None = None
+
+
+class Metrics(EventBase):
+    """Values at one step of one stage; a value that is not finite is written as null."""
+
+    event: Literal["metrics"] = "metrics"
+    stage: str
+    step: int
+    values: dict[str, float | None]
+
+
+class CheckpointSaved(EventBase):
+    """A checkpoint is complete on disk. `kept` names the ones that still exist in this attempt."""
+
+    event: Literal["checkpoint"] = "checkpoint"
+    name: str
+    stage: str
+    step: int
+    files: dict[str, JsonObject]
+    """File name to ``{"sha256": str, "size_bytes": int}``."""
+    kept: list[str]
+
+
+class Evaluated(EventBase):
+    """Scores of the encoder: protocol to metric to value; accuracies in [0, 1]."""
+
+    event: Literal["evaluation"] = "evaluation"
+    when: Literal["before", "after"]
+    results: dict[str, JsonObject]
+
+
+class Warned(EventBase):
+    """Something a person should look at; the run goes on."""
+
+    event: Literal["warning"] = "warning"
+    code: str
+    message: str
+    hint: str = ""
+    details: JsonObject = {}
+
+
+class Stopped(EventBase):
+    """Last word of a child that was asked to stop; it can be resumed."""
+
+    event: Literal["stopped"] = "stopped"
+    reason: str
+
+
+class Failed(EventBase):
+    """Last word of a child that cannot finish."""
+
+    event: Literal["failed"] = "failed"
+    code: str
+    message: str
+    hint: str = ""
+    fault: Literal["user", "system"] = "system"
+    retryable: bool = False
+
+
+class Finished(EventBase):
+    """Last word of a child that did its work; `result` is what the supervisor stores."""
+
+    event: Literal["finished"] = "finished"
+    result: JsonObject
+
+
+Event = Annotated[
+    Started | StageStarted | Progress | Metrics | CheckpointSaved | Evaluated | Warned | Stopped
+    | Failed | Finished,
+    Field(discriminator="event"),
+]  # fmt: skip
+EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+LAST_WORDS = (Stopped, Failed, Finished)
+
+
+def finite(value: Any) -> Any:
+    """Return `value` with every NaN or infinity in it replaced by None (JSON has neither)."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+class EventWriter:
+    """Appends events to a file, one flushed line each; safe to call from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._seq = 0
+        self._lock = threading.Lock()
+
+    def write(self, event: EventBase) -> None:
+        """Number, stamp and append one event."""
+        with self._lock:
+            stamped = event.model_copy(update={"seq": self._seq, "time": time.time()})
+            line = json.dumps(finite(stamped.model_dump(mode="json")), allow_nan=False)
+            self._file.write(line + "\n")
+            self._file.flush()
+            self._seq += 1
+
+    def close(self) -> None:
+        """Close the file; further writes fail."""
+        self._file.close()
+
+
+def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
+    """Yield each whole event line after byte `offset` with the offset behind it.
+
+    A last line without its newline is still being written and is left for the next call.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            yield EVENT.validate_json(line), offset

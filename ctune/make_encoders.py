@@ -1,0 +1,38 @@
+"""Write `encoders.json` from the installed timm: `make encoders` after a timm upgrade."""
+
+import json
+import re
+from pathlib import Path
+
+import timm
+from timm.models import get_arch_pretrained_cfgs
+
+from ctune.schema import JsonObject
+
+PATCH_IN_NAME = re.compile(r"(?:^|_)patch(\d+)(?:_|$)")
+
+
+def describe_encoders() -> dict[str, JsonObject]:
+    """Return architecture name -> image size, patch size (from the name) and weight tags."""
+    described = {}
+    for name in timm.list_models():
+        weights = get_arch_pretrained_cfgs(name)
+        first = next(iter(weights.values()), None)
+        patch = PATCH_IN_NAME.search(name)
+        described[name] = {
+            "image_size_px": first.input_size[-1] if first else 224,
+            "patch_size_px": int(patch.group(1)) if patch else None,
+            "tags": sorted(cfg.tag for cfg in weights.values() if cfg.has_weights and cfg.tag),
+        }
+    return described
+
+
+def main() -> None:
+    """Write the catalogue beside this file, one architecture per line so that changes read well."""
+    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(describe_encoders().items())]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    Path(__file__).with_name("encoders.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
