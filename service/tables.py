@@ -187,3 +187,19 @@ class Model(Base):
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     info: Mapped[dict[str, Any]]
     """`model.json` of the export: architecture, embed_dim, preprocessing, classes, licence."""
+
+
+class WorkerSeen(Base):
+    """A supervisor that is alive; `/readyz` answers 200 only while one was seen lately.
+
+    Each supervisor upserts its own row at every poll, not only while it runs something: `id` is
+    the name it puts into `Claimable.owner`, `seen_at` is `service.db.now_s`. It deletes its row
+    when it stops; rows silent for a day may be swept.
+    """
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    seen_at: Mapped[float] = mapped_column(Float)
+    info: Mapped[dict[str, Any]]
+    """`{slots, gpus, version}`, for people."""
