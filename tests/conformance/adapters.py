@@ -1,0 +1,238 @@
+"""From a conformance case to a call and back. An adapter renames, reshapes and picks; no maths."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctune.evaluate.accuracy import topk_accuracy
+from ctune.evaluate.isotropy import (
+    class_cosine_similarity,
+    isoscore,
+    mean_cosine_similarity,
+    partition_isotropy,
+)
+from ctune.heads import ProjectionHead
+from ctune.losses.contrastive import (
+    nt_xent_loss,
+    simplex_supcon_loss,
+    supervised_contrastive_loss,
+    supervised_contrastive_loss_sharded,
+)
+from ctune.losses.n_pair import n_pair_loss
+from ctune.optim import (
+    cosine_decay_lr,
+    half_cycle_cosine_lr,
+    layer_decay_scales,
+    linear_head_sgd,
+)
+from ctune.pooling import pool_tokens
+from ctune.samplers import ClassBalancedBatchSampler, expected_cross_image_positive_fraction
+
+Case = dict[str, Any]
+Adapter = Callable[[Case, Case], Case]
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def tensors(inputs: Case, parameters: Case, *names: str) -> list[Tensor]:
+    """The named inputs as floating tensors, float64 unless the case says float32."""
+    dtype = DTYPES[parameters.get("dtype", "float64")]
+    return [torch.tensor(inputs[name], dtype=dtype) for name in names]
+
+
+def integers(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def options(parameters: Case, *leave_out: str) -> Case:
+    """The parameters that are keyword arguments of the function."""
+    return {name: v for name, v in parameters.items() if name not in ("dtype", *leave_out)}
+
+
+def loss_and_gradient(loss: Tensor, leaf: Tensor, name: str) -> Case:
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return {"loss": loss.item(), name: gradient.tolist()}
+
+
+def _supervised_contrastive_loss(inputs: Case, parameters: Case) -> Case:
+    (features,) = tensors(inputs, parameters, "features")
+    labels, mask = inputs.get("labels"), inputs.get("mask")
+    loss = supervised_contrastive_loss(
+        features.requires_grad_(),
+        None if labels is None else integers(labels),
+        None if mask is None else tensors(inputs, parameters, "mask")[0],
+        **options(parameters),
+    )
+    return loss_and_gradient(loss, features, "grad_features")
+
+
+def _nt_xent_loss(inputs: Case, parameters: Case) -> Case:
+    (features,) = tensors(inputs, parameters, "features")
+    loss = nt_xent_loss(features.requires_grad_(), **options(parameters))
+    return loss_and_gradient(loss, features, "grad_features")
+
+
+def _supervised_contrastive_loss_sharded(inputs: Case, parameters: Case) -> Case:
+    (features,) = tensors(inputs, parameters, "features")
+    features.requires_grad_()
+    labels = integers(inputs["labels"])
+    world_size = parameters["world_size"]
+    share = len(labels) // world_size
+    losses = [
+        supervised_contrastive_loss_sharded(
+            features[offset : offset + share],
+            labels[offset : offset + share],
+            features,
+            labels,
+            offset,
+            **options(parameters, "world_size"),
+        )
+        for offset in range(0, world_size * share, share)
+    ]
+    mean = torch.stack(losses).mean()
+    (gradient,) = torch.autograd.grad(mean, features)
+    return {
+        "loss_per_rank": [loss.item() for loss in losses],
+        "loss_global": mean.item(),
+        "grad_features_global": gradient.tolist(),
+    }
+
+
+def _n_pair_loss(inputs: Case, parameters: Case) -> Case:
+    (embeddings,) = tensors(inputs, parameters, "embeddings")
+    embeddings.requires_grad_()
+    loss = n_pair_loss(embeddings, integers(inputs["pairs"]), **options(parameters))
+    return loss_and_gradient(loss, embeddings, "grad_embeddings")
+
+
+def _simplex_supcon_loss(inputs: Case, parameters: Case) -> Case:
+    return {"loss": simplex_supcon_loss(**inputs, **options(parameters))}
+
+
+def _projection_head(inputs: Case, parameters: Case) -> Case:
+    (x,) = tensors(inputs, parameters, "x")
+    head = ProjectionHead(**options(parameters)).to(x.dtype)
+    state = inputs.get("state_dict", {})
+    head.mlp.load_state_dict(
+        {name: torch.tensor(value, dtype=x.dtype) for name, value in state.items()}
+    )
+    return {"z": head(x).tolist()}
+
+
+def _pool_tokens(inputs: Case, parameters: Case) -> Case:
+    given = tensors(inputs, parameters, "tokens", "norm_weight", "norm_bias")
+    return {"features": pool_tokens(*given, **options(parameters)).tolist()}
+
+
+def _cosine_decay_lr(inputs: Case, parameters: Case) -> Case:
+    return {"lr": [cosine_decay_lr(e, **options(parameters)) for e in inputs["epochs_at"]]}
+
+
+def _half_cycle_cosine_lr(inputs: Case, parameters: Case) -> Case:
+    return {"lr": [half_cycle_cosine_lr(e, **options(parameters)) for e in inputs["epochs_at"]]}
+
+
+def _layer_decay_scales(inputs: Case, parameters: Case) -> Case:
+    scales = layer_decay_scales(
+        inputs["named_shapes"], inputs["requires_grad"], **options(parameters)
+    )
+    return {name: dict(scale) for name, scale in scales.items()}
+
+
+def _topk_accuracy(inputs: Case, parameters: Case) -> Case:
+    (logits,) = tensors(inputs, parameters, "logits")
+    fractions = topk_accuracy(logits, integers(inputs["targets"]), parameters["topk"])
+    return {"accuracy": [100 * fraction for fraction in fractions]}  # the vectors are in percent
+
+
+def _partition_isotropy(inputs: Case, parameters: Case) -> Case:
+    (features,) = tensors(inputs, parameters, "features")
+    return dict(partition_isotropy(features, **options(parameters)))
+
+
+def _mean_cosine_similarity(inputs: Case, parameters: Case) -> Case:
+    features = tensors(inputs, parameters, "features")
+    return {"mean_cosine_similarity": mean_cosine_similarity(*features)}
+
+
+def _isoscore(inputs: Case, parameters: Case) -> Case:
+    return {"isoscore": isoscore(*tensors(inputs, parameters, "features"))}
+
+
+def _class_cosine_similarity(inputs: Case, parameters: Case) -> Case:
+    (features,) = tensors(inputs, parameters, "features")
+    result = class_cosine_similarity(features, integers(inputs["labels"]), **options(parameters))
+    return dict(result)
+
+
+def _linear_head_sgd(inputs: Case, parameters: Case) -> Case:
+    features, weight, bias = tensors(inputs, parameters, "features", "weight", "bias")
+    state = linear_head_sgd(
+        features, integers(inputs["labels"]), weight, bias, **options(parameters)
+    )
+    return {
+        "weight": state.weight.tolist(),
+        "bias": state.bias.tolist(),
+        "losses": state.losses,
+    }
+
+
+def _expected_cross_image_positive_fraction(inputs: Case, parameters: Case) -> Case:
+    fraction = expected_cross_image_positive_fraction(inputs["labels"], **options(parameters))
+    return {"fraction": fraction}
+
+
+def single_or_all(values: set[int]) -> int | list[int]:
+    """The one value, or all of them, which then differ from an expected number."""
+    return next(iter(values)) if len(values) == 1 else sorted(values)
+
+
+def _class_balanced_batch_sampler(inputs: Case, parameters: Case) -> Case:
+    labels = inputs["labels"]
+    sampler = ClassBalancedBatchSampler(labels, **options(parameters))
+    epochs = [sampler.batches(epoch) for epoch in range(100)]
+    batch_sizes, classes_drawn, samples_drawn = set(), set(), set()
+    distinct: dict[str, set[int]] = {}
+    for batch in [batch.tolist() for batches in epochs for batch in batches]:
+        by_class: dict[int, list[int]] = {}
+        for index in batch:
+            by_class.setdefault(labels[index], []).append(index)
+        batch_sizes.add(len(batch))
+        classes_drawn.add(len(by_class))
+        for label, members in by_class.items():
+            samples_drawn.add(len(members))
+            distinct.setdefault(str(label), set()).add(len(set(members)))
+    return {
+        "num_batches": single_or_all({len(sampler), *(len(batches) for batches in epochs)}),
+        "batch_size": single_or_all(batch_sizes),
+        "classes_in_each_batch": single_or_all(classes_drawn),
+        "samples_of_each_class": single_or_all(samples_drawn),
+        "eligible_classes": sampler.eligible_classes,
+        "distinct_indices_per_class_in_batch": {
+            label: single_or_all(counts) for label, counts in sorted(distinct.items())
+        },
+    }
+
+
+ADAPTERS: dict[tuple[str, str], Adapter] = {
+    ("lacvit", "supervised_contrastive_loss"): _supervised_contrastive_loss,
+    ("lacvit", "nt_xent_loss"): _nt_xent_loss,
+    ("lacvit", "supervised_contrastive_loss_sharded"): _supervised_contrastive_loss_sharded,
+    ("lacvit", "n_pair_loss"): _n_pair_loss,
+    ("lacvit", "simplex_supcon_loss"): _simplex_supcon_loss,
+    ("lacvit", "ProjectionHead"): _projection_head,
+    ("lacvit", "pool_tokens"): _pool_tokens,
+    ("lacvit", "cosine_decay_lr"): _cosine_decay_lr,
+    ("lacvit", "half_cycle_cosine_lr"): _half_cycle_cosine_lr,
+    ("lacvit", "layer_decay_scales"): _layer_decay_scales,
+    ("lacvit", "topk_accuracy"): _topk_accuracy,
+    ("lacvit", "partition_isotropy"): _partition_isotropy,
+    ("lacvit", "mean_cosine_similarity"): _mean_cosine_similarity,
+    ("lacvit", "isoscore"): _isoscore,
+    ("lacvit", "class_cosine_similarity"): _class_cosine_similarity,
+    ("lacvit", "linear_head_sgd"): _linear_head_sgd,
+    ("lacvit", "expected_cross_image_positive_fraction"): _expected_cross_image_positive_fraction,
+    ("lacvit", "ClassBalancedBatchSampler"): _class_balanced_batch_sampler,
+}
