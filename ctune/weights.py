@@ -1,0 +1,138 @@
+"""Get an encoder's published or stored weights and load them without leaving anything out silently.
+
+Only safetensors files are read, never pickles.
+"""
+
+import sys
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import load_pretrained
+from torch import Tensor, nn
+
+from ctune.errors import EncoderError
+from ctune.schema import JsonObject
+
+WRAPPERS = ("module.", "encoder.", "backbone.")
+"""Prefixes that training code puts before an encoder's keys."""
+UNUSED = ("head.*", "head_dist.*", "mask_token", "decoder*", "*relative_position_index")
+"""Keys of a file that an encoder does not need."""
+COMPUTED = ("*relative_position_index",)
+"""Keys of a module that a file need not have."""
+POOLING = ("norm.*", "fc_norm.*", "attn_pool.*")
+"""Keys that come and go with the pooling of a vision transformer."""
+
+
+def fetch_weights(architecture: str, hub_id: str | None) -> dict[str, Tensor]:
+    """Return the published weights of a timm model, from the local cache or the hub.
+
+    Raises:
+        EncoderError: ``weights_unavailable``: none are published as safetensors, or the hub cannot
+            be reached; ``weights_unreadable``: the file is damaged.
+    """
+    if not hub_id:
+        raise EncoderError(
+            f"{architecture} has no published weights in safetensors form",
+            hint="choose another weight tag, a file, or set pretrained to false",
+            code="weights_unavailable",
+        )
+    try:
+        path = hf_hub_download(hub_id, "model.safetensors")
+    except (OSError, EntryNotFoundError) as error:
+        raise EncoderError(
+            f"the weights {hub_id} cannot be downloaded: {error}",
+            hint="check the network of the machine that trains; or download model.safetensors"
+            " yourself and use an encoder with source 'file'; or set pretrained to false",
+            code="weights_unavailable",
+        ) from error
+    return read_weights(Path(path))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        EncoderError: ``weights_unreadable``: missing, damaged or of another format.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise EncoderError(
+            f"the weights {path} cannot be read: {error}",
+            hint="give a .safetensors file; pickled checkpoints are not loaded",
+            code="weights_unreadable",
+        ) from error
+
+
+def strip_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights without the prefixes that training code puts before an encoder's keys."""
+    for prefix in WRAPPERS:
+        if any(key.startswith(f"{prefix}patch_embed.") for key in weights):
+            weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    return weights
+
+
+def load_weights(
+    backbone: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    cfg: JsonObject,
+    pooling_switched: bool,
+) -> None:
+    """Load weights into a timm module; position embeddings and patch kernels are resampled to fit.
+
+    Left out are the classifier and the keys of ``UNUSED``; with ``pooling_switched`` also those of
+    ``POOLING``, which then start fresh.
+
+    Raises:
+        EncoderError: ``weights_mismatch``: any other key is missing or left over, or a shape does
+            not fit; the message lists the keys.
+    """
+    found: list[tuple[list[str], list[str]]] = []
+
+    def record(_module: nn.Module, keys: Any) -> None:
+        found.append((list(keys.missing_keys), list(keys.unexpected_keys)))
+
+    untyped: Any = backbone
+    handle = untyped.register_load_state_dict_post_hook(record)
+    try:
+        load_pretrained(
+            backbone,
+            {**cfg, "state_dict": dict(weights), "source": "", "classifier": None},
+            num_classes=cfg.get("num_classes", 0),
+            filter_fn=getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None),
+            strict=False,
+        )
+    except RuntimeError as error:
+        raise EncoderError(
+            f"the weights do not fit {cfg.get('architecture')}: {error}",
+            hint="check the architecture's name and options against the file",
+            code="weights_mismatch",
+        ) from error
+    finally:
+        handle.remove()
+    pooling = POOLING if pooling_switched else ()
+    missing = _others(found[0][0], COMPUTED + pooling)
+    left_over = _others(found[0][1], UNUSED + pooling + _classifier_keys(cfg))
+    if missing or left_over:
+        raise EncoderError(
+            f"the weights do not fit {cfg.get('architecture')}: missing {missing}, left over"
+            f" {left_over}",
+            hint="check the architecture's name and options against the file",
+            code="weights_mismatch",
+        )
+
+
+def _others(keys: list[str], tolerated: tuple[str, ...]) -> list[str]:
+    return [key for key in keys if not any(fnmatchcase(key, pattern) for pattern in tolerated)]
+
+
+def _classifier_keys(cfg: JsonObject) -> tuple[str, ...]:
+    names = cfg.get("classifier") or ()
+    return tuple(f"{name}.*" for name in ([names] if isinstance(names, str) else names))
