@@ -9,6 +9,8 @@ from ctune.manifest import DatasetSummary
 from ctune.schema import Fault, JsonObject, Schema, merge_defaults
 
 Preset = Literal["paper", "small"]
+Pool = Literal["mean", "cls", "auto"]
+Normalization = Literal["encoder", "dataset"]
 Need = Literal["images", "labels"]
 
 
@@ -33,6 +35,21 @@ class MethodConfigBase(Schema):
             return given
         small = given.get("preset", cls.model_fields["preset"].default) == "small"
         return merge_defaults(cls.SMALL, given) if small else given
+
+    @property
+    def encoder_pool(self) -> Pool:
+        """How the encoder's tokens become one vector."""
+        return "auto"
+
+    @property
+    def encoder_drop_path(self) -> float:
+        """Stochastic depth of the encoder in training."""
+        return 0.0
+
+    @property
+    def pixel_normalization(self) -> Normalization:
+        """Whose pixel mean and standard deviation are used."""
+        return "encoder"
 
     def check_data(self, summary: DatasetSummary) -> list[Fault]:
         """Return what the data set lacks for this method; pointers start inside its block."""

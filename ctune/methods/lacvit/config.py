@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ctune.manifest import DatasetSummary
-from ctune.methods.base_config import MethodConfigBase
+from ctune.methods.base_config import MethodConfigBase, Normalization, Pool
 from ctune.methods.linear_probe.config import ProbeConfig
 from ctune.schema import Fault, Fraction, JsonObject, PositiveFloat, Schema
 
@@ -121,14 +121,29 @@ class LaCViTConfig(MethodConfigBase):
     }
 
     name: Literal["lacvit"] = "lacvit"
-    pool: Literal["mean", "cls", "auto"] = "auto"
+    pool: Pool = "auto"
     """How tokens become one vector; `auto`: the encoder's own way."""
-    normalization: Literal["encoder", "dataset"] = "encoder"
+    normalization: Normalization = "encoder"
     """Pixel mean and standard deviation: the encoder's own, or measured on the training split."""
     contrastive: ContrastiveConfig = ContrastiveConfig()
     """Stage 1."""
     probe: ProbeConfig = ProbeConfig()
     """Stage 2."""
+
+    @property
+    def encoder_pool(self) -> Pool:
+        """How the encoder's tokens become one vector."""
+        return self.pool
+
+    @property
+    def encoder_drop_path(self) -> float:
+        """Stochastic depth of the encoder in stage 1."""
+        return self.contrastive.drop_path
+
+    @property
+    def pixel_normalization(self) -> Normalization:
+        """Whose pixel mean and standard deviation are used."""
+        return self.normalization
 
     def check_data(self, summary: DatasetSummary) -> list[Fault]:
         """Return what the data set lacks: labels, a whole batch, classes for balanced batches."""

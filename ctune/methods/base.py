@@ -1,0 +1,160 @@
+"""The seam between the one training loop and the methods.
+
+A method's `method.py` offers ``build(config, context) -> Program``: the modules of the run and a
+plan per stage. The loop (`ctune.train.fit`) sees of a stage only what stands in `Stage`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ctune.backbones import Encoder
+from ctune.data import ImageCache
+from ctune.events import Warned
+from ctune.samplers import EpochBatches, Indices
+from ctune.schema import JsonObject
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one micro-batch brings to the device.
+
+    Shapes: B images, D feature dimensions, S cache side in pixels.
+    """
+
+    inputs: Tensor
+    """uint8 images [B, 3, S, S], or cached features float [B, D]."""
+    labels: Tensor
+    """int64 [B]; -1 where an image has no label."""
+    sizes_px: Tensor
+    """Original (height, width) of each image [B, 2]; empty [0, 2] with cached features."""
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Loss to differentiate and what to log beside it, all scalars."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(nn.Module):
+    """The trainable part of one stage."""
+
+    def step(self, batch: Batch, generator: torch.Generator) -> StepOutput:
+        """Return the loss of one micro-batch; all randomness comes from `generator` or is seeded.
+
+        The loop seeds the global generators (dropout, stochastic depth) before each call.
+        """
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> list[Warned]:
+        """Follow an optimizer step (moving averages, queues); return warnings worth an event."""
+        return []
+
+
+class Source(Protocol):
+    """Where the loop takes batches from."""
+
+    def fetch(self, positions: Indices) -> Batch: ...
+
+
+@dataclass
+class Stage:
+    """What the loop needs to train one stage."""
+
+    method: Method
+    source: Source
+    sampler: EpochBatches
+    epochs: int
+    optimizer: torch.optim.Optimizer
+    lr_at: Callable[[int], float]
+    """Learning rate of an optimizer step, from 0; multiplied by a group's `lr_scale`."""
+    accumulate_steps: int = 1
+    clip_grad_norm: float | None = None
+    autocast_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage before its data and optimizer exist."""
+
+    name: str
+    total_steps: int
+    """Optimizer steps."""
+    image_passes: int
+    """Images that the encoder sees in training, every view counted."""
+    start: Callable[[], Stage]
+
+
+@dataclass(frozen=True)
+class Program:
+    """All that a method does in one run."""
+
+    modules: nn.ModuleDict
+    """`encoder` and the heads; saved in every checkpoint."""
+    plans: list[StagePlan]
+    warnings: list[Warned] = field(default_factory=list)
+    """What encoder and data call for before the first step."""
+    advise: Callable[[JsonObject | None, JsonObject], list[Warned]] = lambda before, after: []
+    """Warnings from the evaluations before (None when not asked for) and after."""
+
+
+@dataclass
+class RunContext:
+    """What a method may use of the run it is part of."""
+
+    encoder: Encoder
+    train_images: Callable[[], ImageCache]
+    """Decoded training images at working size; built on first use."""
+    encode_train: Callable[[], Tensor]
+    """Features of the training images under the frozen encoder, no augmentation: float [N, D]."""
+    train_labels: np.ndarray
+    """int64 [N]; -1 where an image has no label."""
+    classes: list[str]
+    seed: int
+    device: torch.device
+    from_scratch: bool
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Batches of uint8 images from the decoded cache."""
+
+    cache: ImageCache
+    labels: Tensor
+    device: torch.device
+
+    def fetch(self, positions: Indices) -> Batch:
+        """Return the images at `positions` on the device."""
+        return Batch(
+            inputs=self.cache.batch(positions).to(self.device, non_blocking=True),
+            labels=self.labels[positions].to(self.device, non_blocking=True),
+            sizes_px=self.cache.sizes(positions),
+        )
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """Batches of features that were computed once; features and labels are on the device."""
+
+    features: Tensor
+    labels: Tensor
+
+    def fetch(self, positions: Indices) -> Batch:
+        """Return the features at `positions`."""
+        index = torch.as_tensor(positions, device=self.features.device)
+        return Batch(
+            inputs=self.features[index],
+            labels=self.labels[index],
+            sizes_px=torch.empty(0, 2, dtype=torch.int64),
+        )
+
+
+def steps_per_epoch(sampler: EpochBatches, accumulate_steps: int) -> int:
+    """Return optimizer steps per epoch; a short last group of micro-batches still steps."""
+    return -(-len(sampler) // accumulate_steps)

@@ -1,0 +1,434 @@
+"""A whole run: evaluate, train the stages, evaluate again, export. Resumes where a run ended."""
+
+import hashlib
+import importlib
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ctune.backbones import Encoder, build_encoder
+from ctune.checkpoint import (
+    CheckpointManifest,
+    checkpoint_name,
+    find_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from ctune.child import StopRequest
+from ctune.config import RunConfig, check, resolve
+from ctune.data import ImageCache, working_size_px
+from ctune.encoders import TimmEncoder
+from ctune.errors import CheckpointError, ConfigError
+from ctune.evaluate.accuracy import topk_accuracy
+from ctune.evaluate.protocols import LabelledFeatures, evaluate
+from ctune.events import (
+    CheckpointSaved,
+    Evaluated,
+    EventBase,
+    EventWriter,
+    Progress,
+    StageStarted,
+    Started,
+    Warned,
+)
+from ctune.export import export_model
+from ctune.methods.base import Program, RunContext, StagePlan
+from ctune.rundir import RunDir
+from ctune.schema import JsonObject, Schema
+from ctune.seeding import seed_everything
+from ctune.store import PackedStore
+from ctune.train import Hooks, fit
+
+ENCODE_BATCH = 256
+REFERENCE_IMAGES = 4
+KEPT_CHECKPOINTS = 2
+EXPORTED_HEADS = ("classifier", "projection_head")
+
+
+class RunFile(Schema):
+    """`config.json` of a run directory."""
+
+    config: RunConfig
+    data: Path
+    """The packed store."""
+    resume_from: list[Path] = []
+    """Run directories of earlier attempts, newest first."""
+    encoder_dir: Path | None = None
+    """Directory of the model that `encoder.source: model` names."""
+    job_id: str | None = None
+
+
+class Run:
+    """One run in its directory.
+
+    Steps of `execute`: start (or find the checkpoint to resume from), evaluate before, train the
+    stages in order, evaluate after, export. Every step tells of itself through events.
+    """
+
+    def __init__(
+        self, file: RunFile, run_dir: RunDir, *, events: EventWriter, stop: StopRequest
+    ) -> None:
+        self._file = file
+        self._config = resolve(file.config)
+        self._run_dir = run_dir
+        self._events = events
+        self._stop = stop
+        self._store = PackedStore(file.data)
+        self._summary = self._store.manifest.summary
+        self._device = choose_device(self._config.resources.gpus)
+        self._warnings: list[JsonObject] = []
+        self._caches: dict[tuple[str, int], ImageCache] = {}
+
+    def execute(self) -> JsonObject:
+        """Do the run and return its result (`Finished.result`).
+
+        Raises:
+            CtuneError: the run cannot be done; the error says why and what to do.
+            StopRequested: a stop was asked for; the last checkpoint is complete.
+        """
+        started_at = time.monotonic()
+        faults = check(self._config, self._summary)
+        if faults:
+            raise ConfigError("; ".join(f"{fault.pointer}: {fault.detail}" for fault in faults))
+        if self._heldout is None:
+            self._warn_no_heldout()
+        seed_everything(self._config.seed, "encoder")
+        self._encoder = self._build_encoder()
+        resumed = self._find_checkpoint()
+        self._emit(Started(message=self._describe_start(resumed), details=self._versions()))
+        state: JsonObject = resumed[1] if resumed else {}
+        before = state.get("before")
+        if before is None and self._config.evaluation.before:
+            before = self._evaluate("before")
+        program = self._build_program()
+        if resumed is None:
+            for warning in program.warnings:
+                self._emit(warning)
+        self._train(program, before, resumed)
+        after = self._evaluate("after", program.modules)
+        for warning in program.advise(before, after):
+            self._emit(warning)
+        model = self._export(program.modules, before, after)
+        shutil.rmtree(self._run_dir.cache, ignore_errors=True)
+        return {
+            "model": model,
+            "evaluation": {"before": before, "after": after},
+            "warnings": self._warnings,
+            "image_passes": sum(plan.image_passes for plan in program.plans),
+            "train_s": time.monotonic() - started_at,
+        }
+
+    # --- training ---
+
+    def _build_program(self) -> Program:
+        method = self._config.method
+        module = importlib.import_module(f"ctune.methods.{method.name}.method")
+        encoder = self._config.encoder
+        context = RunContext(
+            encoder=self._encoder,
+            train_images=self._train_images,
+            encode_train=lambda: self._encode("train"),
+            train_labels=self._labels("train"),
+            classes=self._summary.classes,
+            seed=self._config.seed,
+            device=self._device,
+            from_scratch=isinstance(encoder, TimmEncoder) and not encoder.pretrained,
+        )
+        program: Program = module.build(method, context)
+        return program
+
+    def _train(
+        self,
+        program: Program,
+        before: JsonObject | None,
+        resumed: tuple[CheckpointManifest, JsonObject] | None,
+    ) -> None:
+        at = resumed[0].order if resumed else (0, 0)
+        if resumed:
+            program.modules.load_state_dict(resumed[1]["modules"])
+        for index, plan in enumerate(program.plans):
+            start_step = at[1] if index == at[0] else 0
+            if index < at[0] or start_step >= plan.total_steps:
+                continue
+            self._emit(StageStarted(stage=plan.name, step=start_step, total_steps=plan.total_steps))
+            stage = plan.start()
+            if start_step and resumed:
+                stage.optimizer.load_state_dict(_optimizer_state(resumed[1]["optimizer"]))
+            seed_everything(self._config.seed, plan.name, "start")
+            hooks = Hooks(
+                emit=self._emit,
+                save=lambda step, index=index, plan=plan, stage=stage: self._save(  # type: ignore[misc]
+                    program, before, stage.optimizer, index=index, plan=plan, step=step
+                ),
+                report_progress=lambda step, rate, index=index: self._report_progress(  # type: ignore[misc]
+                    program.plans, index, step, rate
+                ),
+                stop=self._stop,
+                checkpoint_interval_s=self._config.resources.checkpoint_interval_s,
+            )
+            fit(
+                stage,
+                name=plan.name,
+                seed=self._config.seed,
+                start_step=start_step,
+                hooks=hooks,
+            )
+
+    def _save(
+        self,
+        program: Program,
+        before: JsonObject | None,
+        optimizer: torch.optim.Optimizer,
+        *,
+        index: int,
+        plan: StagePlan,
+        step: int,
+    ) -> None:
+        state = {
+            "fingerprint": self._fingerprint,
+            "before": before,
+            "modules": program.modules.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        folder = self._run_dir.checkpoints
+        manifest = save_checkpoint(folder, state, stage=plan.name, stage_index=index, step=step)
+        newest = [path.name for path in find_checkpoints([folder])[:KEPT_CHECKPOINTS]]
+        ends = [checkpoint_name(p.name, p.total_steps) for p in program.plans]
+        kept = prune_checkpoints(folder, keep=[*newest, *ends])
+        name = checkpoint_name(plan.name, step)
+        self._emit(
+            CheckpointSaved(name=name, stage=plan.name, step=step, files=manifest.files, kept=kept)
+        )
+
+    def _report_progress(
+        self, plans: Sequence[StagePlan], index: int, step: int, steps_per_s: float | None
+    ) -> None:
+        plan = plans[index]
+        passes = [p.image_passes for p in plans]
+        here = step / plan.total_steps
+        done = sum(passes[:index]) + here * passes[index]
+        remaining_s = None
+        if steps_per_s:
+            passes_per_s = steps_per_s * passes[index] / plan.total_steps
+            remaining_s = (sum(passes) - done) / passes_per_s
+        self._emit(
+            Progress(
+                stage=plan.name,
+                step=step,
+                total_steps=plan.total_steps,
+                fraction=done / sum(passes),
+                seconds_remaining=remaining_s,
+            )
+        )
+
+    # --- resuming ---
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """What a checkpoint must share with this run: everything that decides the outcome."""
+        config = self._config.model_dump_json(exclude={"resources"})
+        text = f"{config} {self._store.manifest.archive_sha256}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _find_checkpoint(self) -> tuple[CheckpointManifest, JsonObject] | None:
+        earlier = [RunDir(path).checkpoints for path in self._file.resume_from]
+        for path in find_checkpoints([self._run_dir.checkpoints, *earlier]):
+            try:
+                manifest, state = load_checkpoint(path)
+            except CheckpointError as error:
+                self._emit(
+                    Warned(
+                        code="checkpoint_damaged",
+                        message=f"{path.name} is left out: {error.message}",
+                        hint="an earlier checkpoint is used, or the run starts again",
+                    )
+                )
+                continue
+            if state["fingerprint"] != self._fingerprint:
+                raise ConfigError(
+                    f"{path} was made with another configuration or data set",
+                    hint="use a new run directory",
+                )
+            return manifest, state
+        return None
+
+    def _describe_start(self, resumed: tuple[CheckpointManifest, JsonObject] | None) -> str:
+        method = self._config.method.name
+        if resumed is None:
+            return f"{method} on {self._device.type} starts"
+        manifest = resumed[0]
+        return f"{method} on {self._device.type} goes on from {manifest.stage} {manifest.step}"
+
+    # --- encoder, images, features ---
+
+    def _build_encoder(self) -> Encoder:
+        method = self._config.method
+        encoder = build_encoder(
+            self._config.encoder,
+            pool=method.encoder_pool,
+            encoder_dir=self._file.encoder_dir,
+            drop_path=method.encoder_drop_path,
+        )
+        if method.pixel_normalization == "dataset":
+            self._encoder = encoder
+            encoder.mean, encoder.std = self._train_images().pixel_statistics()
+        return encoder.to(self._device)
+
+    @property
+    def _heldout(self) -> str | None:
+        return self._summary.heldout_split
+
+    def _indices(self, split: str) -> np.ndarray:
+        """Return the store's indices of a split; methods that need labels see labelled images."""
+        indices = self._store.indices(split)
+        if split == "train" and "labels" in self._config.method.NEEDS:
+            return indices[self._store.labels(split) >= 0]
+        return indices
+
+    def _labels(self, split: str) -> np.ndarray:
+        labels = self._store.labels(split)
+        if split == "train" and "labels" in self._config.method.NEEDS:
+            return labels[labels >= 0]
+        return labels
+
+    def _images(self, split: str, size_px: int) -> ImageCache:
+        key = (split, size_px)
+        if key not in self._caches:
+            self._emit(StageStarted(stage="caching"))
+            self._caches[key] = ImageCache.build(
+                self._store,
+                self._indices(split),
+                size_px,
+                self._run_dir.cache / f"{split}-{size_px}",
+                stop=self._stop,
+            )
+        return self._caches[key]
+
+    def _train_images(self) -> ImageCache:
+        return self._images("train", working_size_px(self._summary, self._encoder.image_size_px))
+
+    def _encode(self, split: str) -> Tensor:
+        """Return features h [N, D] of a split, float32 on the device, as serving computes them."""
+        encoder = self._encoder
+        images = self._images(split, encoder.image_size_px)
+        encoder.eval()
+        parts = []
+        with torch.no_grad():
+            for positions in np.array_split(
+                np.arange(len(images)), max(1, -(-len(images) // ENCODE_BATCH))
+            ):
+                self._stop.check()
+                pixels = images.batch(positions).to(self._device)
+                parts.append(encoder(encoder.preprocessing.normalise(pixels)).float())
+        return torch.cat(parts)
+
+    # --- evaluation and export ---
+
+    def _features(self, split: str) -> LabelledFeatures:
+        labels = torch.from_numpy(self._labels(split)).to(self._device)
+        return LabelledFeatures(self._encode(split), labels)
+
+    def _evaluate(self, when: str, modules: nn.ModuleDict | None = None) -> JsonObject:
+        self._emit(StageStarted(stage="evaluating"))
+        if self._heldout is None:
+            return {}
+        train, heldout = self._features("train"), self._features(self._heldout)
+        results: JsonObject = evaluate(
+            train,
+            heldout,
+            self._config.evaluation,
+            num_classes=len(self._summary.classes),
+            seed=self._config.seed,
+        )
+        labelled = heldout.labelled()
+        if modules is not None and "classifier" in modules and len(labelled.labels):
+            with torch.no_grad():
+                logits = modules["classifier"](labelled.features)
+            top1, top5 = topk_accuracy(logits, labelled.labels, (1, min(5, logits.shape[1])))
+            results["classifier"] = {"top1": top1, "top5": top5}
+        self._emit(Evaluated(when=when, results=results))
+        return results
+
+    def _export(
+        self, modules: nn.ModuleDict, before: JsonObject | None, after: JsonObject
+    ) -> JsonObject:
+        self._emit(StageStarted(stage="exporting"))
+        split = self._heldout or "train"
+        return export_model(
+            self._encoder,
+            self._run_dir.model,
+            **{name: modules[name] for name in EXPORTED_HEADS if name in modules},
+            classes=self._summary.classes or None,
+            provenance={
+                "config": self._config.model_dump(mode="json"),
+                "data_sha256": self._store.manifest.archive_sha256,
+                "job_id": self._file.job_id,
+                "versions": self._versions(),
+            },
+            evaluation={"before": before, "after": after},
+            reference_images=[
+                self._store.image(int(n)) for n in self._store.indices(split)[:REFERENCE_IMAGES]
+            ],
+        )
+
+    # --- small things ---
+
+    def _emit(self, event: EventBase) -> None:
+        if isinstance(event, Warned):
+            self._warnings.append(event.model_dump(include={"code", "message", "hint"}))
+        self._events.write(event)
+
+    def _warn_no_heldout(self) -> None:
+        self._emit(
+            Warned(
+                code="no_heldout_images",
+                message="the data set has neither test nor val images: nothing is evaluated",
+                hint="upload a data set with a test split, or let ingestion make one",
+            )
+        )
+
+    def _versions(self) -> JsonObject:
+        names = ("ctune", "torch", "timm", "numpy", "pillow")
+        versions: JsonObject = {name: version(name) for name in names}
+        device = self._device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        return versions | {"python": platform.python_version(), "device": f"{device.type} {name}"}
+
+
+def run_directory(
+    run_dir: RunDir, events: EventWriter, stop: StopRequest, *, file: RunFile | None = None
+) -> JsonObject:
+    """Do what the `config.json` of a run directory says; see `Run.execute`."""
+    if file is None:
+        file = RunFile.model_validate_json(run_dir.config.read_bytes())
+    return Run(file, run_dir.create(), events=events, stop=stop).execute()
+
+
+def choose_device(gpus: int | None) -> torch.device:
+    """Return the device: the CPU for 0, a GPU for 1 or more, the GPU if there is one for None.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none, or more than one process could use.
+    """
+    if gpus == 0 or (gpus is None and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"resources.gpus is {gpus}, but no GPU is visible here",
+            hint="set resources.gpus to 0 or run on a machine with a GPU",
+        )
+    return torch.device("cuda", 0)
+
+
+def _optimizer_state(saved: JsonObject) -> JsonObject:
+    """Return an optimizer's state dict with the integer keys that JSON turned into strings."""
+    return saved | {"state": {int(key): value for key, value in saved["state"].items()}}
