@@ -63,7 +63,7 @@ class Dataset(Claimable, Base):
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
-    """`ds_…`; status: queued, running, ready, failed, cancelled; the API says processing for two."""
+    """`ds_…`; status: queued, running (the API says processing for both), ready, failed."""
     name: Mapped[str] = mapped_column(String(256))
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     archive_sha256: Mapped[str] = mapped_column(String(64))
