@@ -127,14 +127,11 @@ def linear_probe(
         heads = _fit_heads(train[kept], y[kept], num_classes, settings)
         holdout = [_accuracies(head, train[held], y[held])[0] for head in heads]
     heads = _fit_heads(train, y, num_classes, settings)
-    rates = []
-    for lr, held_top1, head in zip(settings.learning_rates, holdout, heads, strict=True):
-        top1, top5 = _accuracies(head, test.to(train.device), test_y)
-        rates.append(
-            ProbeRate(
-                lr=lr, holdout_top1=held_top1, top1=top1, top5=top5, diverged=not _is_finite(head)
-            )
-        )
+    test = test.to(train.device)
+    rates = [
+        _tested(lr, held_top1, head, test, test_y)
+        for lr, held_top1, head in zip(settings.learning_rates, holdout, heads, strict=True)
+    ]
     chosen = max(range(len(rates)), key=lambda i: (rates[i].holdout_top1 or 0.0, -rates[i].lr))
     if rates[chosen].diverged:
         raise DivergedError(
@@ -197,6 +194,14 @@ def _accuracies(head: tuple[Tensor, Tensor], features: Tensor, labels: Tensor) -
     if not bool(torch.isfinite(logits).all()):
         return (0.0, 0.0)
     return tuple(topk_accuracy(logits, labels, (1, min(5, len(bias)))))
+
+
+def _tested(
+    lr: float, holdout_top1: float | None, head: tuple[Tensor, Tensor], x: Tensor, labels: Tensor
+) -> ProbeRate:
+    top1, top5 = _accuracies(head, x, labels)
+    diverged = not _is_finite(head)
+    return ProbeRate(lr=lr, holdout_top1=holdout_top1, top1=top1, top5=top5, diverged=diverged)
 
 
 def _is_finite(head: tuple[Tensor, Tensor]) -> bool:

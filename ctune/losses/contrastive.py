@@ -138,30 +138,9 @@ def supervised_contrastive_loss_sharded(
     """
     _check_features(contrast_features, "contrast_features")
     _check_features(features_local, "features_local", min_images=1)
-    B, b = contrast_features.shape[0], features_local.shape[0]
-    if features_local.shape[1:] != contrast_features.shape[1:]:
-        raise ValueError(
-            f"features_local has [V, d] = {list(features_local.shape[1:])} but contrast_features "
-            f"{list(contrast_features.shape[1:])}; gather the same tensor on every rank"
-        )
-    if not 0 <= image_offset <= B - b:
-        raise ValueError(
-            f"image_offset is {image_offset}, but {b} local images of {B} need an offset in "
-            f"[0, {B - b}]; use rank * {b}"
-        )
-    if (labels_local is None) != (contrast_labels is None):
-        raise ValueError("labels_local and contrast_labels must both be given or both be None")
-    everyone = _labels_or_images(contrast_labels, B, contrast_features, "contrast_labels")
-    here = everyone[image_offset : image_offset + b]
-    if labels_local is not None:
-        given = _labels_or_images(labels_local, b, features_local, "labels_local")
-        if not torch.equal(given, here):
-            raise ValueError(
-                f"labels_local differs from contrast_labels at image_offset {image_offset}; "
-                "gather labels and features in the same rank order"
-            )
-    if contrast_features.shape[1] == 1:
-        _check_any_positive(_same_label(everyone), torch.arange(B, device=everyone.device))
+    everyone, here = _shard_labels(
+        features_local, labels_local, contrast_features, contrast_labels, image_offset
+    )
     return _contrastive_loss(
         features_local,
         contrast_features,
@@ -271,6 +250,41 @@ def _view_weights(image_weights: Tensor, own_column: Tensor, anchor_views: int, 
     """Expand [b, B] weights of images to [n, m] weights of views, the anchor's own view at 0."""
     weights = image_weights.repeat_interleave(anchor_views, 0).repeat_interleave(V, 1)
     return weights.scatter(1, own_column[:, None], 0.0)
+
+
+def _shard_labels(
+    features_local: Tensor,
+    labels_local: Tensor | None,
+    contrast_features: Tensor,
+    contrast_labels: Tensor | None,
+    image_offset: int,
+) -> tuple[Tensor, Tensor]:
+    """Check that the local images lie in the contrast set; labels [B] of all and [b] of these."""
+    B, b = contrast_features.shape[0], features_local.shape[0]
+    if features_local.shape[1:] != contrast_features.shape[1:]:
+        raise ValueError(
+            f"features_local has [V, d] = {list(features_local.shape[1:])} but contrast_features "
+            f"{list(contrast_features.shape[1:])}; gather the same tensor on every rank"
+        )
+    if not 0 <= image_offset <= B - b:
+        raise ValueError(
+            f"image_offset is {image_offset}, but {b} local images of {B} need an offset in "
+            f"[0, {B - b}]; use rank * {b}"
+        )
+    if (labels_local is None) != (contrast_labels is None):
+        raise ValueError("labels_local and contrast_labels must both be given or both be None")
+    everyone = _labels_or_images(contrast_labels, B, contrast_features, "contrast_labels")
+    here = everyone[image_offset : image_offset + b]
+    if labels_local is not None:
+        given = _labels_or_images(labels_local, b, features_local, "labels_local")
+        if not torch.equal(given, here):
+            raise ValueError(
+                f"labels_local differs from contrast_labels at image_offset {image_offset}; "
+                "gather labels and features in the same rank order"
+            )
+    if contrast_features.shape[1] == 1:
+        _check_any_positive(_same_label(everyone), torch.arange(B, device=everyone.device))
+    return everyone, here
 
 
 def _loss_factor(temperature: float, base_temperature: float | None) -> float:
