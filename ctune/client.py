@@ -1,0 +1,291 @@
+"""Talk to a ctune service: `Client("http://127.0.0.1:8000")`. Never imports torch.
+
+    client = Client()
+    dataset = client.datasets.wait(client.datasets.push("leaves.zip")["id"])
+    job = client.jobs.create({"dataset": dataset["id"], "encoder": {...}, "method": {...}})
+    for event in client.jobs.watch(job["id"]):
+        print(event.kind, event.data)
+    vectors = client.embed(client.jobs.wait(job["id"])["result"]["model"], ["new.jpg"])
+
+What comes back is the service's JSON as dictionaries. Errors are the classes of
+`ctune.client_http`; connection errors, 429 and 503 are tried again first.
+"""
+
+import base64
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, Self
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from ctune.client_archive import unpack_model, zip_folder
+from ctune.client_http import Http, ServerEvent, UnsuccessfulError
+from ctune.schema import JsonObject
+
+Image = bytes | str | PathLike[str]
+"""The bytes of an image file, or its path."""
+OnProgress = Callable[[int, int], None]
+"""Called with (bytes sent, bytes in all)."""
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+IMAGES_PER_REQUEST = 64
+JOB_ENDS = ("succeeded", "failed", "cancelled")
+DATASET_ENDS = ("ready", "failed")
+
+
+class Client:
+    """A ctune service; close it, or use it as a context manager."""
+
+    def __init__(self, base_url: str = DEFAULT_URL, *, timeout_s: float = 60.0) -> None:
+        self.http = Http(base_url, timeout_s=timeout_s)
+        self.datasets = Datasets(self.http)
+        self.jobs = Jobs(self.http)
+        self.models = Models(self.http)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.http.close()
+
+    def methods(self) -> list[JsonObject]:
+        """Return the methods with their data needs and the JSON schemas of their configs."""
+        return self.http.data_of("/methods")
+
+    def embed(self, model: str, images: Sequence[Image]) -> NDArray[np.float32]:
+        """Return the vectors of `images`, (N, embed_dim), in order.
+
+        Raises:
+            InvalidRequestError: an image cannot be read; `faults` names its index.
+            NotFoundError: there is no such model.
+        """
+        rows = []
+        for start in range(0, len(images), IMAGES_PER_REQUEST):
+            batch = [data_uri(image) for image in images[start : start + IMAGES_PER_REQUEST]]
+            body = {"model": model, "input": batch, "encoding_format": "base64"}
+            answer = self.http.json("POST", "/embed", json=body)
+            rows += [base64.b64decode(item["embedding"]) for item in answer["data"]]
+        if not rows:
+            return np.zeros((0, 0), np.float32)
+        return np.stack([np.frombuffer(row, dtype="<f4").astype(np.float32) for row in rows])
+
+    def classify(self, model: str, images: Sequence[Image]) -> list[JsonObject]:
+        """Return one object of labels and probabilities per image, in order.
+
+        Raises:
+            InvalidRequestError: an image cannot be read, or the model has no classifier.
+            NotFoundError: there is no such model.
+        """
+        found: list[JsonObject] = []
+        for start in range(0, len(images), IMAGES_PER_REQUEST):
+            batch = [data_uri(image) for image in images[start : start + IMAGES_PER_REQUEST]]
+            body = {"model": model, "input": batch}
+            found += self.http.json("POST", "/classify", json=body)["data"]
+        return found
+
+
+class Resource:
+    """What data sets, jobs and models have in common."""
+
+    path = ""
+
+    def __init__(self, http: Http) -> None:
+        self.http = http
+
+    def get(self, id: str) -> JsonObject:
+        """Return one of them.
+
+        Raises:
+            NotFoundError: there is none with this id.
+        """
+        return self.http.json("GET", f"{self.path}/{id}")
+
+    def list(self, *, limit: int = 20, after: str | None = None) -> list[JsonObject]:
+        """Return up to `limit` of them, newest first, those older than the id `after`."""
+        query: dict[str, Any] = {"limit": limit} | ({"after": after} if after else {})
+        return self.http.data_of(self.path, query)
+
+    def delete(self, id: str) -> JsonObject:
+        """Remove one of them and its files.
+
+        Raises:
+            ConflictError: it is in use.
+            NotFoundError: there is none with this id.
+        """
+        return self.http.json("DELETE", f"{self.path}/{id}")
+
+    def _wait(self, id: str, ends: Sequence[str], poll_s: float) -> JsonObject:
+        while (found := self.get(id))["status"] not in ends:
+            time.sleep(poll_s)
+        return found
+
+
+class Datasets(Resource):
+    """Data sets: `client.datasets`."""
+
+    path = "/datasets"
+
+    def push(
+        self,
+        archive: str | PathLike[str],
+        *,
+        name: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> JsonObject:
+        """Upload an archive, or a folder as a zip, in pieces; ingestion then runs in the service.
+
+        Raises:
+            InvalidRequestError: the service refuses the upload.
+        """
+        place = Path(archive)
+        fields = {"name": name or place.name.removesuffix(".zip")}
+        with zip_folder(place) if place.is_dir() else place.open("rb") as file:
+            upload = _Upload(file, on_progress)
+
+            def build() -> httpx.Request:
+                upload.seek(0)
+                filename = f"{place.name}.zip" if place.is_dir() else place.name
+                files = {"file": (filename, upload, "application/octet-stream")}
+                return self.http.build("POST", self.path, data=fields, files=files)
+
+            return self.http.answer(self.http.send(build))
+
+    def wait(self, id: str, *, poll_s: float = 0.5) -> JsonObject:
+        """Return the data set once it is ready.
+
+        Raises:
+            UnsuccessfulError: it cannot be used; the message says why.
+        """
+        dataset = self._wait(id, DATASET_ENDS, poll_s)
+        if dataset["status"] != "ready":
+            raise UnsuccessfulError("data set", dataset)
+        return dataset
+
+
+class Jobs(Resource):
+    """Jobs: `client.jobs`."""
+
+    path = "/jobs"
+
+    def create(self, job: JsonObject) -> JsonObject:
+        """Start a job: `{"dataset": …, "encoder": {…}, "method": {…}, …}`.
+
+        Raises:
+            InvalidRequestError: `faults` lists everything that is wrong with it, with pointers.
+        """
+        return self.http.json("POST", self.path, json=job)
+
+    def cancel(self, id: str) -> JsonObject:
+        """Ask a job to stop; its status becomes `cancelled` when it has.
+
+        Raises:
+            ConflictError: it has ended already.
+        """
+        return self.http.json("POST", f"{self.path}/{id}/cancel")
+
+    def watch(self, id: str, *, last_event_id: str | None = None) -> Iterator[ServerEvent]:
+        """Yield what happens to a job until it has ended, also across lost connections."""
+        yield from self.http.events(f"{self.path}/{id}/events", last_event_id)
+
+    def wait(self, id: str, *, poll_s: float = 1.0) -> JsonObject:
+        """Return the job once it has succeeded.
+
+        Raises:
+            UnsuccessfulError: it failed or was cancelled; the message says why.
+        """
+        job = self._wait(id, JOB_ENDS, poll_s)
+        if job["status"] != "succeeded":
+            raise UnsuccessfulError("job", job)
+        return job
+
+    def metrics(self, id: str, **query: Any) -> JsonObject:
+        """Return the job's series; `query`: name, stage, after_step, max_points."""
+        return self.http.json("GET", f"{self.path}/{id}/metrics", params=query)
+
+    def report(self, id: str, kind: Literal["json", "html"] = "json") -> Any:
+        """Return the evaluation report as JSON, or as the text of a self-contained page."""
+        accept = "text/html" if kind == "html" else "application/json"
+        answer = self.http.request("GET", f"{self.path}/{id}/report", headers={"accept": accept})
+        return answer.text if kind == "html" else self.http.answer(answer)
+
+    def logs(self, id: str) -> str:
+        """Return what the training process has printed."""
+        return self.http.request("GET", f"{self.path}/{id}/logs").text
+
+
+class Models(Resource):
+    """Models: `client.models`."""
+
+    path = "/models"
+
+    def pull(self, id: str, folder: str | PathLike[str]) -> Path:
+        """Download a model into `folder`, which timm loads as `local-dir:FOLDER`.
+
+        Raises:
+            FileExistsError: `folder` exists and is not empty.
+            DataError: what arrived is not what the model says of its files.
+        """
+        place = Path(folder)
+        if place.exists() and any(place.iterdir()):
+            raise FileExistsError(f"{place} exists and is not empty; choose a new folder")
+        with self.http.download(f"{self.path}/{id}/download") as archive:
+            unpack_model(archive, place)
+        return place
+
+
+class _Upload(io.RawIOBase):
+    """A file that is read in pieces and tells how far it is; httpx asks for its length."""
+
+    def __init__(self, file: BinaryIO, on_progress: OnProgress | None) -> None:
+        self._file = file
+        self._on_progress = on_progress
+        self._total = file.seek(0, io.SEEK_END)
+
+    def read(self, size: int = -1) -> bytes:
+        piece = self._file.read(size)
+        if self._on_progress and piece:
+            self._on_progress(self._file.tell(), self._total)
+        return piece
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+
+MAGIC = {
+    b"\xff\xd8\xff": "image/jpeg",
+    b"\x89PNG": "image/png",
+    b"GIF8": "image/gif",
+    b"RIFF": "image/webp",
+    b"BM": "image/bmp",
+    b"II*\x00": "image/tiff",
+    b"MM\x00*": "image/tiff",
+}
+
+
+def data_uri(image: Image) -> str:
+    """Return an image file as `data:image/png;base64,…`."""
+    data = image if isinstance(image, bytes) else Path(image).read_bytes()
+    kinds = (kind for magic, kind in MAGIC.items() if data.startswith(magic))
+    kind = next(kinds, "application/octet-stream")
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
