@@ -28,7 +28,8 @@ def features(N: int = 40, D: int = 6, seed: int = 0) -> Tensor:
 
 
 def rotation(D: int = 6) -> Tensor:
-    return torch.linalg.qr(features(D, D, 5))[0]
+    orthogonal: Tensor = torch.linalg.qr(features(D, D, 5))[0]
+    return orthogonal
 
 
 def test_partition_isotropy_of_identical_rows() -> None:
