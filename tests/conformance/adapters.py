@@ -192,20 +192,24 @@ def single_or_all(values: set[int]) -> int | list[int]:
 def _class_balanced_batch_sampler(inputs: Case, parameters: Case) -> Case:
     labels = inputs["labels"]
     sampler = ClassBalancedBatchSampler(labels, **options(parameters))
-    epochs = [sampler.batches(epoch) for epoch in range(100)]
-    batch_sizes, classes_drawn, samples_drawn = set(), set(), set()
+    lengths, batch_sizes, classes_drawn, samples_drawn = {len(sampler)}, set(), set(), set()
     distinct: dict[str, set[int]] = {}
-    for batch in [batch.tolist() for batches in epochs for batch in batches]:
-        by_class: dict[int, list[int]] = {}
-        for index in batch:
-            by_class.setdefault(labels[index], []).append(index)
-        batch_sizes.add(len(batch))
-        classes_drawn.add(len(by_class))
-        for label, members in by_class.items():
-            samples_drawn.add(len(members))
-            distinct.setdefault(str(label), set()).add(len(set(members)))
+    for epoch in range(5000):
+        batches = sampler.batches(epoch)
+        lengths.add(len(batches))
+        for batch in batches:
+            by_class: dict[int, list[int]] = {}
+            for index in batch.tolist():
+                by_class.setdefault(labels[index], []).append(index)
+            batch_sizes.add(len(batch))
+            classes_drawn.add(len(by_class))
+            for label, members in by_class.items():
+                samples_drawn.add(len(members))
+                distinct.setdefault(str(label), set()).add(len(set(members)))
+        if epoch >= 20 and len(distinct) == len(sampler.eligible_classes):
+            break
     return {
-        "num_batches": single_or_all({len(sampler), *(len(batches) for batches in epochs)}),
+        "num_batches": single_or_all(lengths),
         "batch_size": single_or_all(batch_sizes),
         "classes_in_each_batch": single_or_all(classes_drawn),
         "samples_of_each_class": single_or_all(samples_drawn),
