@@ -116,10 +116,18 @@ class _Source:
     global_pool: str | None = None
     """As stored with the weights or derived from them; none for the architecture's own."""
 
+    def settled(self) -> JsonObject:
+        """Return the arguments that have a place of their own: size and pooling."""
+        args: JsonObject = {}
+        if self.cfg.get("fixed_input_size"):
+            args["img_size"] = self.cfg["input_size"][-1]
+        if self.global_pool is not None:
+            args["global_pool"] = self.global_pool
+        return args
+
     def create(self, **kwargs: Any) -> nn.Module:
         """Build the module with random weights."""
-        if self.global_pool is not None:
-            kwargs["global_pool"] = self.global_pool
+        kwargs |= self.settled()
         module: nn.Module = timm.create_model(
             self.architecture, pretrained_cfg=self.cfg, num_classes=0, **self.options, **kwargs
         )
@@ -164,15 +172,10 @@ def build_encoder(
     backbone = source.create(**_drop_path_kwargs(source, drop_path))
     if source.weights is not None:
         load_weights(backbone, source.weights, cfg=source.cfg, pooling_switched=switched)
-    model_args = dict(source.options)
-    if source.cfg.get("fixed_input_size"):
-        model_args["img_size"] = size_px
-    if source.global_pool is not None:
-        model_args["global_pool"] = source.global_pool
     return Encoder(
         backbone,
         architecture=source.architecture,
-        model_args=model_args,
+        model_args={**source.options, **source.settled()},
         preprocessing=Preprocessing(size_px, _rgb(source.cfg["mean"]), _rgb(source.cfg["std"])),
         licence=source.licence,
     )
@@ -293,7 +296,8 @@ def _probe(source: _Source) -> nn.Module:
             found = UNKNOWN_OPTION.search(str(error)) if isinstance(error, TypeError) else None
             if found is None or found[1] not in attempt.options:
                 raise EncoderError(
-                    f"{source.architecture} cannot be built with options {source.options}: {error}",
+                    f"{source.architecture} cannot be built with"
+                    f" {source.options | source.settled()}: {error}",
                     hint="check the values against the architecture's keyword arguments",
                     code="invalid_options",
                 ) from error
@@ -323,7 +327,10 @@ def _settle_pool(source: _Source, probe: nn.Module, pool: Pool) -> tuple[_Source
             code="no_class_token",
         )
     wanted = GLOBAL_POOL[pool]
-    return replace(source, global_pool=wanted), wanted != own
+    source = replace(source, global_pool=wanted)
+    if wanted != own:
+        _probe(source)
+    return source, wanted != own
 
 
 def _check_patches(probe: nn.Module, size_px: int) -> None:

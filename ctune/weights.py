@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ctune.errors import EncoderError
 from ctune.schema import JsonObject
 
-WRAPPERS = ("module.", "encoder.", "backbone.")
-"""Prefixes that training code puts before an encoder's keys."""
+WRAPPERS = frozenset({"module", "encoder", "backbone"})
+"""Attributes under which training code keeps an encoder."""
+FIRST_LAYER = "patch_embed.proj.weight"
 UNUSED = ("head.*", "head_dist.*", "mask_token", "decoder*", "*relative_position_index")
 """Keys of a file that an encoder does not need."""
 COMPUTED = ("*relative_position_index",)
@@ -71,11 +72,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def strip_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights without the prefixes that training code puts before an encoder's keys."""
-    for prefix in WRAPPERS:
-        if any(key.startswith(f"{prefix}patch_embed.") for key in weights):
-            weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return weights
+    """Return the weights without what training code puts before a vision transformer's keys."""
+    found = next((key for key in weights if key.endswith(f".{FIRST_LAYER}")), "")
+    prefix = found.removesuffix(FIRST_LAYER)
+    if not prefix or not WRAPPERS.issuperset(prefix[:-1].split(".")):
+        return weights
+    return {key.removeprefix(prefix): value for key, value in weights.items()}
 
 
 def load_weights(
@@ -101,10 +103,12 @@ def load_weights(
 
     untyped: Any = backbone
     handle = untyped.register_load_state_dict_post_hook(record)
+    classifier = _classifier_keys(cfg)
+    kept = {key: weights[key] for key in _others(list(weights), classifier)}
     try:
         load_pretrained(
             backbone,
-            {**cfg, "state_dict": dict(weights), "source": "", "classifier": None},
+            {**cfg, "state_dict": kept, "source": "", "classifier": None},
             num_classes=cfg.get("num_classes", 0),
             filter_fn=getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None),
             strict=False,
@@ -119,7 +123,7 @@ def load_weights(
         handle.remove()
     pooling = POOLING if pooling_switched else ()
     missing = _others(found[0][0], COMPUTED + pooling)
-    left_over = _others(found[0][1], UNUSED + pooling + _classifier_keys(cfg))
+    left_over = _others(found[0][1], UNUSED + pooling)
     if missing or left_over:
         raise EncoderError(
             f"the weights do not fit {cfg.get('architecture')}: missing {missing}, left over"
