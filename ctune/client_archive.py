@@ -70,9 +70,12 @@ def _check_sums(folder: Path) -> None:
     description = folder / "model.json"
     if not description.exists():
         raise DataError("the download has no model.json", hint="try again")
-    sums = json.loads(description.read_text(encoding="utf-8")).get("sha256", {})
+    sums = json.loads(description.read_text(encoding="utf-8")).get("files", {})
     for name, wanted in sums.items():
-        with (folder / name).open("rb") as file:
+        place = folder / name
+        if not place.is_file():
+            raise DataError(f"the download has no {name}", hint="try again")
+        with place.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != wanted:
             raise DataError(f"{name} arrived damaged: sha256 {found}, not {wanted}")
