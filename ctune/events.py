@@ -4,7 +4,6 @@ The child (training or ingestion) writes; the supervisor reads whole new lines a
 (job, attempt, seq), so that reading a line twice is harmless. `docs/events.md` lists the kinds.
 """
 
-import json
 import math
 import threading
 import time
@@ -12,9 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, model_validator
 
 from ctune.schema import JsonObject, Schema
+
+
+def finite(value: Any) -> Any:
+    """Return `value` with every NaN or infinity in it replaced by None (JSON has neither)."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
 
 
 class EventBase(Schema):
@@ -22,6 +32,11 @@ class EventBase(Schema):
 
     seq: int = 0
     time: float = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nan(cls, given: Any) -> Any:
+        return finite(given)
 
 
 class Started(EventBase):
@@ -53,7 +68,7 @@ class Progress(EventBase):
 
 
 class Metrics(EventBase):
-    """Values at one step of one stage; a value that is not finite is written as null."""
+    """Values at one step of one stage; null stands for one that is not finite."""
 
     event: Literal["metrics"] = "metrics"
     stage: str
@@ -125,31 +140,22 @@ EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 LAST_WORDS = (Stopped, Failed, Finished)
 
 
-def finite(value: Any) -> Any:
-    """Return `value` with every NaN or infinity in it replaced by None (JSON has neither)."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
-
-
 class EventWriter:
-    """Appends events to a file, one flushed line each; safe to call from several threads."""
+    """Appends events to a file, one flushed line each; safe to call from several threads.
+
+    On a file that has events already, numbering goes on behind them.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._seq = sum(1 for _ in read_events(path))
         self._file = path.open("a", encoding="utf-8")
-        self._seq = 0
         self._lock = threading.Lock()
 
     def write(self, event: EventBase) -> None:
         """Number, stamp and append one event."""
         with self._lock:
             stamped = event.model_copy(update={"seq": self._seq, "time": time.time()})
-            line = json.dumps(finite(stamped.model_dump(mode="json")), allow_nan=False)
-            self._file.write(line + "\n")
+            self._file.write(stamped.model_dump_json() + "\n")
             self._file.flush()
             self._seq += 1
 

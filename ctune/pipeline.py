@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ctune.backbones import Encoder, build_encoder
 from ctune.checkpoint import (
@@ -25,11 +25,10 @@ from ctune.checkpoint import (
 )
 from ctune.child import StopRequest
 from ctune.config import RunConfig, check, resolve
-from ctune.data import ImageCache, working_size_px
 from ctune.encoders import TimmEncoder
 from ctune.errors import CheckpointError, ConfigError
 from ctune.evaluate.accuracy import topk_accuracy
-from ctune.evaluate.protocols import LabelledFeatures, evaluate
+from ctune.evaluate.protocols import evaluate
 from ctune.events import (
     CheckpointSaved,
     Evaluated,
@@ -41,6 +40,8 @@ from ctune.events import (
     Warned,
 )
 from ctune.export import export_model
+from ctune.features import RunImages
+from ctune.manifest import Split
 from ctune.methods.base import Program, RunContext, StagePlan
 from ctune.rundir import RunDir
 from ctune.schema import JsonObject, Schema
@@ -48,7 +49,6 @@ from ctune.seeding import seed_everything
 from ctune.store import PackedStore
 from ctune.train import Hooks, fit
 
-ENCODE_BATCH = 256
 REFERENCE_IMAGES = 4
 KEPT_CHECKPOINTS = 2
 EXPORTED_HEADS = ("classifier", "projection_head")
@@ -86,7 +86,13 @@ class Run:
         self._summary = self._store.manifest.summary
         self._device = choose_device(self._config.resources.gpus)
         self._warnings: list[JsonObject] = []
-        self._caches: dict[tuple[str, int], ImageCache] = {}
+        self._images = RunImages(
+            self._store,
+            run_dir.cache,
+            labelled_only="labels" in self._config.method.NEEDS,
+            emit=self._emit,
+            stop=stop,
+        )
 
     def execute(self) -> JsonObject:
         """Do the run and return its result (`Finished.result`).
@@ -135,9 +141,9 @@ class Run:
         encoder = self._config.encoder
         context = RunContext(
             encoder=self._encoder,
-            train_images=self._train_images,
-            encode_train=lambda: self._encode("train"),
-            train_labels=self._labels("train"),
+            train_images=lambda: self._images.for_training(self._encoder.image_size_px),
+            encode_train=lambda: self._images.encode(self._encoder, "train", self._device),
+            train_labels=self._images.labels("train"),
             classes=self._summary.classes,
             seed=self._config.seed,
             device=self._device,
@@ -279,69 +285,24 @@ class Run:
             drop_path=method.encoder_drop_path,
         )
         if method.pixel_normalization == "dataset":
-            self._encoder = encoder
-            encoder.mean, encoder.std = self._train_images().pixel_statistics()
+            cache = self._images.for_training(encoder.image_size_px)
+            encoder.mean, encoder.std = cache.pixel_statistics()
         return encoder.to(self._device)
 
     @property
-    def _heldout(self) -> str | None:
+    def _heldout(self) -> Split | None:
         return self._summary.heldout_split
-
-    def _indices(self, split: str) -> np.ndarray:
-        """Return the store's indices of a split; methods that need labels see labelled images."""
-        indices = self._store.indices(split)
-        if split == "train" and "labels" in self._config.method.NEEDS:
-            return indices[self._store.labels(split) >= 0]
-        return indices
-
-    def _labels(self, split: str) -> np.ndarray:
-        labels = self._store.labels(split)
-        if split == "train" and "labels" in self._config.method.NEEDS:
-            return labels[labels >= 0]
-        return labels
-
-    def _images(self, split: str, size_px: int) -> ImageCache:
-        key = (split, size_px)
-        if key not in self._caches:
-            self._emit(StageStarted(stage="caching"))
-            self._caches[key] = ImageCache.build(
-                self._store,
-                self._indices(split),
-                size_px,
-                self._run_dir.cache / f"{split}-{size_px}",
-                stop=self._stop,
-            )
-        return self._caches[key]
-
-    def _train_images(self) -> ImageCache:
-        return self._images("train", working_size_px(self._summary, self._encoder.image_size_px))
-
-    def _encode(self, split: str) -> Tensor:
-        """Return features h [N, D] of a split, float32 on the device, as serving computes them."""
-        encoder = self._encoder
-        images = self._images(split, encoder.image_size_px)
-        encoder.eval()
-        parts = []
-        with torch.no_grad():
-            for positions in np.array_split(
-                np.arange(len(images)), max(1, -(-len(images) // ENCODE_BATCH))
-            ):
-                self._stop.check()
-                pixels = images.batch(positions).to(self._device)
-                parts.append(encoder(encoder.preprocessing.normalise(pixels)).float())
-        return torch.cat(parts)
 
     # --- evaluation and export ---
 
-    def _features(self, split: str) -> LabelledFeatures:
-        labels = torch.from_numpy(self._labels(split)).to(self._device)
-        return LabelledFeatures(self._encode(split), labels)
-
-    def _evaluate(self, when: str, modules: nn.ModuleDict | None = None) -> JsonObject:
+    def _evaluate(
+        self, when: Literal["before", "after"], modules: nn.ModuleDict | None = None
+    ) -> JsonObject:
         self._emit(StageStarted(stage="evaluating"))
         if self._heldout is None:
             return {}
-        train, heldout = self._features("train"), self._features(self._heldout)
+        train = self._images.features(self._encoder, "train", self._device)
+        heldout = self._images.features(self._encoder, self._heldout, self._device)
         results: JsonObject = evaluate(
             train,
             heldout,
@@ -432,3 +393,4 @@ def choose_device(gpus: int | None) -> torch.device:
 def _optimizer_state(saved: JsonObject) -> JsonObject:
     """Return an optimizer's state dict with the integer keys that JSON turned into strings."""
     return saved | {"state": {int(key): value for key, value in saved["state"].items()}}
+

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctune.child import StopRequest
 from ctune.data import prefetch
@@ -67,17 +67,20 @@ def fit(stage: Stage, *, name: str, seed: int, start_step: int, hooks: Hooks) ->
                 due = pace.checkpoint_due(hooks.checkpoint_interval_s) and step < total_steps
                 stopping = hooks.stop.requested and step < total_steps
                 log = (step - 1) % log_every == 0 or step == total_steps
-                if log or due or stopping:  # host synchronisation; no checkpoint of unseen NaNs
+                if log or due or stopping:  # values come to the host only here
                     values = _values(outputs, grad_norm, name=name, step=step - 1)
                     if log:
                         values |= {"lr": lr, "epoch": float(epoch), **pace.lap(fetched.waited_s)}
                         hooks.emit(Metrics(stage=name, step=step - 1, values=values))
                 if due or stopping:
+                    _check_parameters(parameters, name=name, step=step - 1)
                     hooks.save(step)
                     pace.checkpoint_done()
-                hooks.stop.check()
+                if stopping:
+                    hooks.stop.check()
                 if pace.progress_due():
                     hooks.report_progress(step, pace.steps_per_s(step))
+    _check_parameters(parameters, name=name, step=total_steps - 1)
     hooks.save(total_steps)
 
 
@@ -181,8 +184,18 @@ def _values(
     values = {key: float(value) for key, value in outputs[-1].metrics.items()}
     values |= {"loss": float(loss), "grad_norm": float(grad_norm)}
     if not bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
-        raise DivergedError(
-            f"stage {name!r}, step {step}: loss {float(loss)}, gradient norm {float(grad_norm)}",
-            hint="lower the learning rate, raise the temperature, or set clip_grad_norm",
-        )
+        raise _diverged(f"loss {float(loss)}, gradient norm {float(grad_norm)}", name, step)
     return dict(values)
+
+
+def _check_parameters(parameters: list[nn.Parameter], *, name: str, step: int) -> None:
+    """Refuse to save weights that are not finite."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise _diverged("the update made weights that are not finite", name, step)
+
+
+def _diverged(what: str, name: str, step: int) -> DivergedError:
+    return DivergedError(
+        f"stage {name!r}, step {step}: {what}",
+        hint="lower the learning rate, raise the temperature, or set clip_grad_norm",
+    )

@@ -112,10 +112,10 @@ def _isotropy(
 
 
 def _has_two_classes(data: LabelledFeatures) -> bool:
-    return len(data.labels.unique()) >= 2
+    return len(torch.unique(data.labels)) >= 2
 
 
 def _has_pairs(data: LabelledFeatures) -> bool:
     """Whether there is a pair of one class and a pair of two."""
-    counts = data.labels.unique(return_counts=True)[1]
+    counts = torch.unique(data.labels, return_counts=True)[1]
     return len(counts) >= 2 and int(counts.max()) >= 2

@@ -29,6 +29,8 @@ class CollapseWatch(nn.Module):
         self._config = config
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
+        # The first step of a warm-up has a rate of 0: with one step per epoch it is all of epoch 1.
+        self._first_moving_epoch = 2 if config.warmup_epochs and steps_per_epoch == 1 else 1
         self._uniform_loss = math.inf
         self._loss = torch.tensor(math.nan)
         self.register_buffer("low_std_steps", torch.zeros((), dtype=torch.int64))
@@ -47,7 +49,7 @@ class CollapseWatch(nn.Module):
         num_images, num_views, dim = z.shape
         std = z.reshape(-1, dim).std(dim=0).mean()
         self.low_std_steps.copy_(torch.where(std < 0.1 / math.sqrt(dim), self.low_std_steps + 1, 0))
-        counts = labels.unique(return_counts=True)[1]
+        counts = torch.unique(labels, return_counts=True)[1]
         share = counts[counts > 1].sum() / num_images
         self.positives += share
         self.anchors += 1
@@ -92,11 +94,12 @@ class CollapseWatch(nn.Module):
                     hint="set contrastive.batch_sampler to class_balanced",
                 )
             )
-        if epoch == 1 and float(squared_norm(encoder)) == float(self.initial_norm):
+        unmoved = epoch <= 2 and float(squared_norm(encoder)) == float(self.initial_norm)
+        if epoch == self._first_moving_epoch and unmoved:
             found.append(
                 Warned(
                     code="no_update",
-                    message="the encoder did not change in the first epoch",
+                    message=f"the encoder did not change up to epoch {epoch}",
                     hint="check contrastive.lr and contrastive.accumulate_steps",
                 )
             )

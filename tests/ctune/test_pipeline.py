@@ -1,0 +1,233 @@
+"""Whole runs in real child processes: results, resuming after every kind of end, failures."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from ctune.events import (
+    CheckpointSaved,
+    Evaluated,
+    EventBase,
+    Failed,
+    Finished,
+    Metrics,
+    Stopped,
+    Warned,
+    read_events,
+)
+from ctune.rundir import RunDir
+from ctune.store import PackedStore
+from tests.ctune.conftest import tiny_config
+
+
+def prepare(
+    root: Path, store: Path, config: dict[str, Any], resume_from: tuple[Path, ...] = ()
+) -> RunDir:
+    run_dir = RunDir(root).create()
+    file = {"config": config, "data": str(store), "resume_from": [str(p) for p in resume_from]}
+    run_dir.config.write_text(json.dumps(file))
+    return run_dir
+
+
+def start(run_dir: RunDir) -> subprocess.Popen[bytes]:
+    with run_dir.log.open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ctune.run", str(run_dir.root)],
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+
+def events(run_dir: RunDir) -> list[EventBase]:
+    return [event for event, _ in read_events(run_dir.events)]
+
+
+def finish(run_dir: RunDir) -> Finished:
+    assert start(run_dir).wait(120) == 0, run_dir.log.read_text()
+    last = events(run_dir)[-1]
+    assert isinstance(last, Finished)
+    return last
+
+
+def end_when(
+    run_dir: RunDir, ready: Callable[[EventBase], bool], with_signal: signal.Signals
+) -> None:
+    """Start the child and send it a signal as soon as an event satisfies `ready`."""
+    child = start(run_dir)
+    deadline = time.monotonic() + 60
+    while not any(ready(event) for event in events(run_dir)):
+        assert child.poll() is None, run_dir.log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    child.send_signal(with_signal)
+    child.wait(60)
+
+
+def saved(stage: str, step: int) -> Callable[[EventBase], bool]:
+    return lambda event: (
+        isinstance(event, CheckpointSaved) and event.stage == stage and event.step >= step
+    )
+
+
+def series(*run_dirs: RunDir) -> dict[tuple[str, int], float | None]:
+    """Return (stage, step) -> loss over the attempts; a later attempt overwrites."""
+    return {
+        (event.stage, event.step): event.values["loss"]
+        for run_dir in run_dirs
+        for event in events(run_dir)
+        if isinstance(event, Metrics)
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, store: Path) -> tuple[RunDir, Finished]:
+    run_dir = prepare(tmp_path_factory.mktemp("run") / "a1", store, tiny_config())
+    return run_dir, finish(run_dir)
+
+
+def assert_same_outcome(reference: tuple[RunDir, Finished], *attempts: RunDir) -> None:
+    """The last attempt ends like the uninterrupted run, bit for bit."""
+    run_dir, finished = reference
+    result = finish(attempts[-1]).result
+    assert result["evaluation"] == finished.result["evaluation"]
+    expected = load_file(run_dir.model / "model.safetensors")
+    tensors = load_file(attempts[-1].model / "model.safetensors")
+    assert expected.keys() == tensors.keys()
+    assert all(torch.equal(expected[name], tensors[name]) for name in expected)
+    assert series(*attempts) == series(run_dir)
+
+
+def test_result_and_events(uninterrupted: tuple[RunDir, Finished]) -> None:
+    run_dir, finished = uninterrupted
+    evaluation = finished.result["evaluation"]
+    for when in ("before", "after"):
+        assert set(evaluation[when]) >= {"knn", "linear_probe", "isotropy"}
+        assert 0 <= evaluation[when]["knn"]["top1"] <= 1
+    assert evaluation["after"]["classifier"]["top1"] >= 0.9, "colours are easy"
+    told = events(run_dir)
+    assert [event.seq for event in told] == list(range(len(told)))
+    assert [e.when for e in told if isinstance(e, Evaluated)] == ["before", "after"]
+    assert {stage for stage, _ in series(run_dir)} == {"contrastive", "probe"}
+    # 48 images, batches of 12, 2 views, 3 epochs; the probe sees each image once, cached.
+    assert finished.result["image_passes"] == 48 * 2 * 3 + 48
+    assert not run_dir.cache.exists()
+    warned = {event.code for event in told if isinstance(event, Warned)}
+    assert "encoder_from_scratch" in warned
+
+
+def test_plain_timm_gives_the_same_vectors(
+    uninterrupted: tuple[RunDir, Finished], store: Path
+) -> None:
+    folder = uninterrupted[0].model
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    packed = PackedStore(store)
+    images = [packed.image(int(n)) for n in packed.indices("test")[:4]]
+    with torch.no_grad():
+        vectors = model(torch.stack([transform(image) for image in images]))
+    reference = load_file(folder / "reference" / "vectors.safetensors")
+    torch.testing.assert_close(vectors, next(iter(reference.values())), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "step"), [("contrastive", 5), ("probe", 4)])
+def test_killed_in_a_stage_it_ends_like_an_uninterrupted_run(
+    tmp_path: Path, store: Path, uninterrupted: tuple[RunDir, Finished], stage: str, step: int
+) -> None:
+    first = prepare(tmp_path / "a1", store, tiny_config())
+    end_when(first, saved(stage, step), signal.SIGKILL)
+    second = prepare(tmp_path / "a2", store, tiny_config(), (first.root,))
+    assert_same_outcome(uninterrupted, first, second)
+    assert not any(isinstance(e, Evaluated) and e.when == "before" for e in events(second))
+
+
+def test_asked_to_stop_it_saves_and_resumes_in_the_same_directory(
+    tmp_path: Path, store: Path, uninterrupted: tuple[RunDir, Finished]
+) -> None:
+    run_dir = prepare(tmp_path / "run", store, tiny_config())
+    end_when(run_dir, saved("contrastive", 3), signal.SIGTERM)
+    assert isinstance(events(run_dir)[-1], Stopped)
+    assert_same_outcome(uninterrupted, run_dir)
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
+    tmp_path: Path, store: Path, uninterrupted: tuple[RunDir, Finished]
+) -> None:
+    first = prepare(tmp_path / "a1", store, tiny_config())
+    end_when(first, saved("contrastive", 5), signal.SIGKILL)
+    newest = max(first.checkpoints.glob("contrastive-*"))
+    with (newest / "tensors.safetensors").open("r+b") as file:
+        file.truncate(100)
+    second = prepare(tmp_path / "a2", store, tiny_config(), (first.root,))
+    assert_same_outcome(uninterrupted, first, second)
+    assert "checkpoint_damaged" in {e.code for e in events(second) if isinstance(e, Warned)}
+
+
+def test_another_configuration_does_not_resume(tmp_path: Path, store: Path) -> None:
+    run_dir = prepare(tmp_path / "run", store, tiny_config())
+    end_when(run_dir, saved("contrastive", 1), signal.SIGTERM)
+    prepare(run_dir.root, store, tiny_config(seed=2))
+    assert start(run_dir).wait(60) == 1
+    last = events(run_dir)[-1]
+    assert isinstance(last, Failed)
+    assert "another configuration" in last.message
+    assert last.fault == "user"
+
+
+def test_a_diverging_run_fails_with_advice(tmp_path: Path, store: Path) -> None:
+    config = tiny_config()
+    config["method"]["contrastive"] |= {"lr": 1e30, "clip_grad_norm": None, "optimizer": "sgd"}
+    run_dir = prepare(tmp_path / "run", store, config)
+    assert start(run_dir).wait(60) == 1
+    last = events(run_dir)[-1]
+    assert isinstance(last, Failed)
+    assert (last.code, last.fault, last.retryable) == ("diverged", "user", False)
+    assert "learning rate" in last.hint
+    assert not run_dir.model.exists()
+
+
+def test_all_faults_of_a_config_are_told_at_once(tmp_path: Path, store: Path) -> None:
+    config = tiny_config()
+    config["encoder"]["image_size_px"] = 17
+    config["method"]["contrastive"]["batch_size"] = 1000
+    run_dir = prepare(tmp_path / "run", store, config)
+    assert start(run_dir).wait(60) == 1
+    last = events(run_dir)[-1]
+    assert isinstance(last, Failed)
+    assert "/encoder/image_size_px" in last.message
+    assert "/method/contrastive/batch_size" in last.message
+
+
+def test_the_library_runs_from_an_archive_without_a_service(tmp_path: Path, archive: Path) -> None:
+    script = (
+        "import sys, ctune\n"
+        "assert 'torch' not in sys.modules\n"
+        f"result = ctune.run({tiny_config('linear_probe')!r}, {str(archive)!r}, 'out')\n"
+        "print(result['evaluation']['after']['classifier']['top1'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) >= 0.5
+    last = events(RunDir(tmp_path / "out"))[-1]
+    assert isinstance(last, Finished)
+    shutil.rmtree(tmp_path / "out")
