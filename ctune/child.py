@@ -270,11 +270,20 @@ def _watch(run_dir: RunDir, stop: StopRequest) -> Iterator[None]:
         for name, handler in before.items():
             signal.signal(name, handler)
 
-    def restore_in_fork() -> None:  # a forked pool worker must not wake its parent's watch
-        if not watch.ended.is_set() and os.getppid() == owner_pid:
-            restore()
+    def hold() -> None:  # a signal must not meet our handlers in a helper that was just forked
+        if not watch.ended.is_set():
+            signal.pthread_sigmask(signal.SIG_BLOCK, ASK_SIGNALS)
 
-    os.register_at_fork(after_in_child=restore_in_fork)
+    def release() -> None:
+        if not watch.ended.is_set():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ASK_SIGNALS)
+
+    def restore_in_fork() -> None:  # a helper's signals are its own, not its parent's
+        if os.getppid() == owner_pid and not watch.ended.is_set():
+            restore()
+        release()
+
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=restore_in_fork)
     if watch.parent_pid and not arm_parent_death(watch.parent_pid, signal.SIGTERM):
         stop.request("the supervisor died")
     watch.enforce()

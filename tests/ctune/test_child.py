@@ -35,7 +35,8 @@ def hang(run_dir, events, stop):
 
 def hang_in_c(run_dir, events, stop):
     events.write(Progress(stage="s", step=0, total_steps=0, fraction=0.0))
-    ctypes.CDLL(None).sleep(600)
+    signal.siginterrupt(signal.SIGTERM, False)
+    ctypes.CDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
 
 def hang_with_gil(run_dir, events, stop):
     events.write(Progress(stage="s", step=0, total_steps=0, fraction=0.0))
