@@ -1,0 +1,169 @@
+"""Store what a child says. Reading a line twice is harmless: rows are keyed by (attempt, seq)."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from sqlalchemy import TableClause, delete, update
+from sqlalchemy.dialects.postgresql import insert as postgres_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.orm import Session
+
+from ctune.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    Failed,
+    Finished,
+    Metrics,
+    Progress,
+    StageStarted,
+    Started,
+    Stopped,
+    Warned,
+)
+from service.db import now_s
+from service.jobs.lifecycle import Lease, enter_phase
+from service.tables import Base, Checkpoint, Dataset, JobEvent, Metric, new_id
+
+LEVELS = {"warning": "warning", "failed": "error"}
+
+
+def store_events(
+    session: Session, lease: Lease, events: Sequence[Event], *, checkpoints: str
+) -> None:
+    """Store new events of an attempt; the caller has renewed the lease in this transaction.
+
+    Of an ingestion only its progress is kept.
+
+    Args:
+        checkpoints: the attempt's checkpoint directory below the data directory.
+    """
+    _store_progress(session, lease, events)
+    if lease.table is Dataset:
+        return
+    rows = [_event_row(lease, event) for event in events if not _is_series(event)]
+    _insert(session, JobEvent, rows, keys=("job_id", "attempt", "seq"))
+    _insert(session, Metric, _metric_rows(lease, events), keys=("job_id", "stage", "name", "step"))
+    for event in events:
+        if isinstance(event, CheckpointSaved):
+            _store_checkpoint(session, lease, event, checkpoints)
+
+
+def _is_series(event: Event) -> bool:
+    return isinstance(event, Metrics | Progress)
+
+
+def _store_progress(session: Session, lease: Lease, events: Sequence[Event]) -> None:
+    latest: Progress | None = None
+    for event in events:
+        if isinstance(event, StageStarted | Progress):
+            enter_phase(session, lease, event.stage[:32])
+        if isinstance(event, Progress):
+            latest = event
+    if latest is None:
+        return
+    values = _clean(latest.model_dump(mode="json", exclude={"seq", "time", "event"}))
+    table = lease.table
+    written = update(table).where(table.id == lease.id, table.attempt == lease.attempt)
+    session.execute(written.values(progress=values).execution_options(synchronize_session=False))
+
+
+def _event_row(lease: Lease, event: Event) -> dict[str, Any]:
+    hidden = {"seq", "time", "event", "message"}
+    if isinstance(event, Finished):
+        hidden.add("result")  # it becomes `Job.result`
+    return {
+        "job_id": lease.id,
+        "attempt": lease.attempt,
+        "seq": event.seq,
+        "kind": event.event,
+        "level": LEVELS.get(event.event, "info"),
+        "message": _clean(_message(event))[:4096],
+        "data": _clean(event.model_dump(mode="json", exclude=hidden)),
+    }
+
+
+def _message(event: Event) -> str:
+    match event:
+        case Started() | Warned() | Failed():
+            return event.message
+        case StageStarted():
+            return f"stage {event.stage} starts at step {event.step} of {event.total_steps}"
+        case CheckpointSaved():
+            return f"checkpoint {event.name}"
+        case Evaluated():
+            return f"encoder scored {event.when} tuning"
+        case Stopped():
+            return f"stopped: {event.reason}"
+        case _:
+            return event.event
+
+
+def _metric_rows(lease: Lease, events: Sequence[Event]) -> list[dict[str, Any]]:
+    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for event in events:
+        if not isinstance(event, Metrics):
+            continue
+        for name, value in event.values.items():
+            stage, short = event.stage[:32], name[:64]
+            rows[stage, short, event.step] = {
+                "job_id": lease.id,
+                "stage": stage,
+                "name": short,
+                "step": event.step,
+                "value": value,
+                "attempt": lease.attempt,
+            }
+    return list(rows.values())
+
+
+def _insert(
+    session: Session, table: type[Base], rows: list[dict[str, Any]], *, keys: tuple[str, ...]
+) -> None:
+    """Insert rows; those that are there already stay, but for metrics, which are overwritten."""
+    if not rows:
+        return
+    is_sqlite = session.get_bind().dialect.name == "sqlite"
+    statement = (sqlite_insert if is_sqlite else postgres_insert)(
+        cast(TableClause, table.__table__)
+    )
+    statement = statement.values(created_at=now_s())
+    if table is Metric:  # a later attempt repeats the steps after its checkpoint
+        overwritten = {name: statement.excluded[name] for name in ("value", "attempt")}
+        statement = statement.on_conflict_do_update(index_elements=keys, set_=overwritten)
+    else:
+        statement = statement.on_conflict_do_nothing(index_elements=keys)
+    session.connection().execute(statement, rows)
+
+
+def _store_checkpoint(
+    session: Session, lease: Lease, event: CheckpointSaved, checkpoints: str
+) -> None:
+    row = {
+        "id": new_id("ckpt"),
+        "job_id": lease.id,
+        "attempt": lease.attempt,
+        "name": event.name,
+        "stage": event.stage[:32],
+        "step": event.step,
+        "path": f"{checkpoints}/{event.name}",
+        "files": event.files,
+    }
+    _insert(session, Checkpoint, [row], keys=("job_id", "attempt", "name"))
+    gone = delete(Checkpoint).where(
+        Checkpoint.job_id == lease.id,
+        Checkpoint.attempt == lease.attempt,
+        Checkpoint.name.not_in(event.kept),
+    )
+    session.execute(gone.execution_options(synchronize_session=False))
+
+
+def _clean(value: Any) -> Any:
+    """Return `value` without NUL characters, which Postgres does not store."""
+    if isinstance(value, str):
+        return value.replace("\x00", "")
+    if isinstance(value, dict):
+        return {_clean(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    return value
