@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, BinaryIO, Self
 
 import httpx
 import numpy as np
@@ -217,11 +217,9 @@ class Jobs(Resource):
         """Return the job's series; `query`: name, stage, after_step, max_points."""
         return self.http.json("GET", f"{self.path}/{id}/metrics", params=query)
 
-    def report(self, id: str, kind: Literal["json", "html"] = "json") -> Any:
-        """Return the evaluation report as JSON, or as the text of a self-contained page."""
-        accept = "text/html" if kind == "html" else "application/json"
-        answer = self.http.request("GET", f"{self.path}/{id}/report", headers={"accept": accept})
-        return answer.text if kind == "html" else self.http.answer(answer)
+    def report(self, id: str) -> JsonObject:
+        """Return the report: scores before and after, last metrics, warnings, durations."""
+        return self.http.json("GET", f"{self.path}/{id}/report")
 
     def logs(self, id: str) -> str:
         """Return what the training process has printed."""
