@@ -6,7 +6,9 @@ Letters: n images, D dimensions, C classes, s side of the input in pixels.
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,6 +23,8 @@ from ctune.preprocess import Preprocessing
 from ctune.schema import Schema
 
 BATCH = 64
+Images = Sequence[Image.Image] | Sequence[Tensor] | Tensor
+"""RGB images, or uint8 [3, s, s] each as `LoadedModel.prepare` makes them."""
 MIN_COSINE = 0.999
 EPS = 1e-12
 
@@ -69,11 +73,11 @@ class LoadedModel:
         """Return an RGB image as uint8 [3, s, s]."""
         return self.preprocessing.to_uint8(image)
 
-    def embed(self, images: Sequence[Image.Image] | Tensor, *, normalize: bool = False) -> Tensor:
+    def embed(self, images: Images, *, normalize: bool = False) -> Tensor:
         """Return vectors, float32 [n, D] on the CPU.
 
         Args:
-            images: RGB images, or uint8 [n, 3, s, s] as `prepare` makes them.
+            images: n of them; encoded in batches of 64.
             normalize: scale each vector to unit length; a vector of zeros stays as it is.
 
         Raises:
@@ -83,7 +87,7 @@ class LoadedModel:
         vectors = self._features(images).cpu()
         return F.normalize(vectors, dim=1, eps=EPS) if normalize else vectors
 
-    def classify(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
+    def classify(self, images: Images) -> Tensor:
         """Return the probabilities of the classes, float32 [n, C] on the CPU.
 
         Raises:
@@ -91,7 +95,7 @@ class LoadedModel:
         """
         return self.probabilities(self._features(images))
 
-    def probabilities(self, vectors: Tensor) -> Tensor:
+    def probabilities(self, vectors: Tensor | NDArray[np.float32]) -> Tensor:
         """Return the probabilities [n, C] that belong to vectors [n, D] of `embed`, not normalised.
 
         Raises:
@@ -104,7 +108,7 @@ class LoadedModel:
                 code="no_classifier",
             )
         weight, bias = self._classifier
-        logits = F.linear(vectors.to(self.device), weight, bias)
+        logits = F.linear(torch.as_tensor(vectors).to(self.device), weight, bias)
         return logits.softmax(dim=1).cpu()
 
     def verify(self) -> Verification:
@@ -138,13 +142,14 @@ class LoadedModel:
         return found
 
     @torch.inference_mode()
-    def _features(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
+    def _features(self, images: Images) -> Tensor:
         parts = []
         for start in range(0, len(images), BATCH):
-            chunk = images[start : start + BATCH]
-            if not isinstance(chunk, Tensor):
-                chunk = torch.stack([self.prepare(image) for image in chunk])
-            pixels = self.preprocessing.normalise(chunk.to(self.device))
+            chunk = [
+                self.prepare(image) if isinstance(image, Image.Image) else image
+                for image in images[start : start + BATCH]
+            ]
+            pixels = self.preprocessing.normalise(torch.stack(chunk).to(self.device))
             parts.append(self._encoder(pixels).float())
         if not parts:
             return torch.zeros(0, self.info.embed_dim)
@@ -158,8 +163,10 @@ class LoadedModel:
         return vectors
 
 
-def load_model(model_dir: Path, *, device: str | torch.device = "cpu") -> LoadedModel:
+def load_model(model_dir: Path, *, device: str | torch.device | None = "cpu") -> LoadedModel:
     """Load an exported model; every file is compared with its sha256 first.
+
+    `device` None takes the GPU where there is one.
 
     Raises:
         EncoderError: ``model_damaged``: a file is missing or changed; otherwise as
@@ -173,6 +180,8 @@ def load_model(model_dir: Path, *, device: str | torch.device = "cpu") -> Loaded
     if info.head is not None:
         stored = load_file(model_dir / names.CLASSIFIER)
         classifier = (stored["weight"], stored["bias"])
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     return LoadedModel(
         encoder, info, model_dir=model_dir, classifier=classifier, device=torch.device(device)
     )
