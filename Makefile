@@ -66,7 +66,7 @@ encoders: $(INSTALLED) ## Write ctune/encoders.json from the installed timm.
 	$(BIN)/python -m ctune.make_encoders
 
 docs: $(INSTALLED) ## Write the argument tables into docs/methods/*.md.
-	$(BIN)/python tests/test_docs.py
+	$(BIN)/python -m tests.test_docs
 
 clean: stop-demo ## Remove what this Makefile made: .venv, the demo's data, caches.
 	rm -rf $(VENV) $(DEMO_DATA) build *.egg-info
