@@ -68,7 +68,8 @@ class Ending:
     error: dict[str, Any] | None = None
     values: dict[str, Any] = field(default_factory=dict)
     """Further columns: `result`, `model_id`; `store`, `summary`, `report`."""
-    model: Model | None = None
+    model: dict[str, Any] | None = None
+    """Columns of the model that the attempt made."""
 
 
 class NotFoundError(Exception):
@@ -166,7 +167,7 @@ def finish(session: Session, lease: Lease, ending: Ending) -> bool:
     for name, value in ending.values.items():
         setattr(row, name, value)
     if ending.model is not None:
-        session.add(ending.model)
+        session.add(Model(**ending.model))
     row.error = ending.error
     _move(session, row, ending.status, ending.message)
     return True
