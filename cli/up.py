@@ -20,6 +20,7 @@ from service.storage import Storage
 
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
 TICK_S = 0.2
+PROBE_S = 0.5
 REMIND_S = 15.0
 STOP_MARGIN_S = 10.0
 CRASHES_BEFORE_READY = 3
@@ -147,14 +148,15 @@ class Up:
                 process.kill()
 
     def _keep_running(self) -> int:
-        remind_at = time.monotonic() + REMIND_S
+        remind_at, probe_at = time.monotonic() + REMIND_S, 0.0
         while not self._stops:
             for process in self.processes:
                 code = process.tend()
                 if code == EXIT_CONFIG or (code is not None and self._gives_up(process)):
                     say("up", f"{process.name} cannot run, see its lines above; stopping")
                     return code or 1
-            if not self._ready:
+            if not self._ready and time.monotonic() >= probe_at:
+                probe_at = time.monotonic() + PROBE_S
                 missing = self._missing()
                 self._ready = missing is None
                 if self._ready:
