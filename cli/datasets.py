@@ -20,6 +20,9 @@ DatasetId = Annotated[str, typer.Argument(help="ds_…", show_default=False)]
 def push(
     archive: Annotated[Path, typer.Argument(exists=True, help="zip, tar, tar.gz, tar.zst, folder")],
     name: Annotated[str | None, typer.Option(help="Its name; else the file's.")] = None,
+    test_fraction: Annotated[
+        float | None, typer.Option(help="Part held out where the archive gives no split.")
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until it is ready and show the report.")] = True,
     url: Url = URL,
     as_json: AsJson = False,
@@ -32,6 +35,7 @@ def push(
             dataset = client.datasets.push(
                 archive,
                 name=name,
+                options={} if test_fraction is None else {"test_fraction": test_fraction},
                 on_progress=lambda sent, total: bar.update(task, completed=sent, total=total),
             )
         if wait:

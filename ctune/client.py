@@ -13,6 +13,7 @@ What comes back is the service's JSON as dictionaries. Errors are the classes of
 
 import base64
 import io
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
@@ -145,15 +146,19 @@ class Datasets(Resource):
         archive: str | PathLike[str],
         *,
         name: str | None = None,
+        options: JsonObject | None = None,
         on_progress: OnProgress | None = None,
     ) -> JsonObject:
         """Upload an archive, or a folder as a zip, in pieces; ingestion then runs in the service.
+
+        Args:
+            options: how to read it, for example `{"test_fraction": 0.1}`.
 
         Raises:
             InvalidRequestError: the service refuses the upload.
         """
         place = Path(archive)
-        fields = {"name": name or place.name.removesuffix(".zip")}
+        fields = {"name": name or place.absolute().name, "options": json.dumps(options or {})}
         with zip_folder(place) if place.is_dir() else place.open("rb") as file:
             upload = _Upload(file, on_progress)
 

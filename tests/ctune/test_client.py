@@ -64,7 +64,7 @@ class Script:
                 self.end_headers()
                 self.wfile.write(content)
 
-            do_GET = do_POST = do_DELETE = handle_any  # noqa: N815 - http.server's names
+            do_GET = do_POST = do_DELETE = handle_any
 
             def log_message(self, format: str, *args: Any) -> None:
                 """Print nothing."""
@@ -183,14 +183,18 @@ def test_upload_streams_the_file(script: Script, client: Client, tmp_path: Path)
     script.say(503, {}, retry_after="0")  # the second try must send the whole file again
     script.say(202, {"id": "ds_1"})
     told: list[tuple[int, int]] = []
-    assert client.datasets.push(archive, on_progress=lambda *at: told.append(at)) == {"id": "ds_1"}
+    made = client.datasets.push(
+        archive, options={"test_fraction": 0.1}, on_progress=lambda *at: told.append(at)
+    )
+    assert made == {"id": "ds_1"}
     assert told[-1] == (len(content), len(content))
     for _, path, headers, body in script.asked:
         assert path == "/datasets"
         assert headers["content-type"].startswith("multipart/form-data; boundary=")
         assert int(headers["content-length"]) == len(body)
         assert b'name="file"; filename="leaves.zip"' in body
-        assert b'name="name"\r\n\r\nleaves\r\n' in body
+        assert b'name="name"\r\n\r\nleaves.zip\r\n' in body
+        assert b'name="options"\r\n\r\n{"test_fraction": 0.1}\r\n' in body
         assert content in body
 
 

@@ -1,0 +1,243 @@
+"""The whole path over HTTP: upload, LaCViT job, report, download, embed, classify, delete.
+
+Once on the embedded set-up, once on Postgres and Redis.
+"""
+
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ctune.client import Client
+from ctune.client_http import ConflictError, InvalidRequestError, NotFoundError, UnsuccessfulError
+from service.settings import Settings
+from tests.e2e.running import Running, clean_environment, until
+from tests.servers import Server
+
+pytestmark = pytest.mark.timeout(600)
+
+SIDE_PX = 16
+CLASSES = ("blue", "green", "red")
+NEW = 3
+TOLERANCE = 1e-5
+
+
+def png(channel: int, rng: np.random.Generator) -> bytes:
+    """Return noise with a bright square in one colour channel."""
+    pixels = rng.integers(0, 96, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
+    top, left = rng.integers(0, SIDE_PX - 8, 2)
+    pixels[top : top + 8, left : left + 8, channel] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders with a given split, a junk file and one file that is no image."""
+    path = tmp_path_factory.mktemp("archive") / "squares.zip"
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as file:
+        for split, count in (("train", 12), ("test", 6)):
+            for channel, name in enumerate(reversed(CLASSES)):
+                for number in range(count):
+                    file.writestr(f"{split}/{name}/{number}.png", png(channel, rng))
+        file.writestr("__MACOSX/train/red/._0.png", b"junk")
+        file.writestr("train/red/broken.png", b"\x89PNG\r\n\x1a\nbroken")
+    return path
+
+
+@pytest.fixture(params=["embedded", "servers"])
+def service(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Running]:
+    """A running service, once for each kind of database and broker."""
+    environment = {}
+    if request.param == "servers":
+        settings: Settings = request.getfixturevalue("postgres_settings")
+        broker: Server = request.getfixturevalue("redis_server")
+        environment = {"CTUNE_DATABASE_URL": settings.database, "CTUNE_BROKER_URL": broker.url}
+    made = Running(tmp_path / "up", environment)
+    try:
+        yield made.wait_ready()
+        assert made.stop() == 0, made.log()
+        assert "Traceback" not in made.log()
+    finally:
+        made.discard()
+
+
+def job_on(dataset: str, **changes: Any) -> dict[str, Any]:
+    """Return the body of a job that takes seconds."""
+    return {
+        "dataset": dataset,
+        "name": "squares",
+        "metadata": {"team": "tests"},
+        "encoder": {
+            "source": "timm",
+            "name": "vit_tiny_patch16_224",
+            "pretrained": False,
+            "image_size_px": SIDE_PX,
+            "options": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
+        },
+        "method": {
+            "name": "lacvit",
+            "contrastive": {"epochs": 2, "batch_size": 12},
+            "probe": {"epochs": 2},
+        },
+        "resources": {"gpus": 0},
+    } | changes
+
+
+def test_from_upload_to_vectors_and_away(service: Running, archive: Path, tmp_path: Path) -> None:
+    with Client(service.url) as client:
+        dataset = upload(client, archive)
+        job = run_job(client, dataset)
+        model = job["result"]["model"]
+        check_report(client, job)
+        folder = client.models.pull(model, tmp_path / "model")
+        images = [png(n % 3, np.random.default_rng(100 + n)) for n in range(NEW)]
+        check_vectors(client, model, folder, images)
+        check_classes(client, model, images)
+        second = retune(client, dataset, model)
+        for made in (second, job):
+            client.models.delete(made["result"]["model"])
+        with pytest.raises(NotFoundError):
+            client.embed(second["result"]["model"], images)
+        client.datasets.delete(dataset)
+        assert client.datasets.list() == client.models.list() == []
+        assert client.jobs.get(job["id"])["status"] == "succeeded"
+    data = service.data_dir
+    until(lambda: not any([*data.glob("models/*"), *data.glob("stores/*")]), 10)
+
+
+def upload(client: Client, archive: Path) -> str:
+    dataset = client.datasets.wait(client.datasets.push(archive)["id"])
+    assert dataset["summary"]["splits"] == {"train": 36, "val": 0, "test": 18}
+    assert dataset["summary"]["classes"] == list(CLASSES)
+    assert (dataset["report"]["num_unreadable"], dataset["report"]["num_junk"]) == (1, 1)
+    assert dataset["report"]["unreadable"][0]["path"] == "train/red/broken.png"
+    return str(dataset["id"])
+
+
+def run_job(client: Client, dataset: str) -> dict[str, Any]:
+    with pytest.raises(InvalidRequestError) as caught:
+        bad = job_on(dataset, seed=-1, method={"name": "lacvit", "contrastive": {"lr": "fast"}})
+        client.jobs.create(bad)
+    assert {f.pointer for f in caught.value.faults} == {"/seed", "/method/contrastive/lr"}
+    created = client.jobs.create(job_on(dataset))
+    assert created["config"]["method"]["contrastive"]["warmup_epochs"] == 0  # `auto`, resolved
+    events = list(client.jobs.watch(created["id"]))
+    kinds = [event.kind for event in events]
+    assert kinds[-1] == "done"
+    assert {"started", "stage", "evaluation", "checkpoint", "finished"} <= set(kinds)
+    stages = [event.data["data"]["stage"] for event in events if event.kind == "stage"]
+    assert stages == ["evaluating", "contrastive", "probe", "evaluating", "exporting"]
+    job = client.jobs.wait(created["id"])
+    assert events[-1].data["model"] == job["result"]["model"]
+    assert job["metadata"] == {"team": "tests"}
+    with pytest.raises(ConflictError):
+        client.jobs.cancel(job["id"])
+    return job
+
+
+def check_report(client: Client, job: dict[str, Any]) -> None:
+    report = client.jobs.report(job["id"])
+    rows = {(row["protocol"], row["metric"]): row for row in report["comparison"]}
+    for protocol in ("knn", "linear_probe"):
+        row = rows[protocol, "top1"]
+        assert 0 <= row["before"] <= 1
+        assert 0 <= row["after"] <= 1
+        assert row["difference"] == pytest.approx(row["after"] - row["before"])
+    names = {series["name"] for series in client.jobs.metrics(job["id"])["series"]}
+    assert {"loss", "lr", "train_top1"} <= names
+    assert {w["data"]["code"] for w in report["warnings"]} >= {"encoder_from_scratch"}
+
+
+def check_vectors(client: Client, model: str, folder: Path, images: list[bytes]) -> None:
+    """Compare with plain timm, in a process that knows nothing of ctune's code."""
+    served = client.embed(model, images)
+    paths = []
+    for number, image in enumerate(images):
+        paths.append(folder.parent / f"{number}.png")
+        paths[-1].write_bytes(image)
+    script = Path(__file__).with_name("plain_timm.py")
+    out = folder.parent / "plain.npy"
+    subprocess.run(
+        [sys.executable, "-I", script, folder, out, *paths], check=True, env=clean_environment()
+    )
+    np.testing.assert_allclose(np.load(out), served, atol=TOLERANCE, rtol=0)
+    broken = [images[0], b"no image", images[1]]
+    with pytest.raises(InvalidRequestError) as caught:
+        client.embed(model, broken)
+    assert [fault.pointer for fault in caught.value.faults] == ["/input/1"]
+
+
+def check_classes(client: Client, model: str, images: list[bytes]) -> None:
+    found = client.classify(model, images)
+    assert len(found) == len(images)
+    for item in found:
+        assert {p["label"] for p in item["predictions"]} <= set(CLASSES)
+        assert sum(p["probability"] for p in item["predictions"]) == pytest.approx(1, abs=1e-5)
+
+
+def retune(client: Client, dataset: str, model: str) -> dict[str, Any]:
+    """Start a second job from the first one's model, with another method."""
+    encoder = {"source": "model", "id": model}
+    probe = {"name": "linear_probe", "probe": {"epochs": 2}}
+    created = client.jobs.create(job_on(dataset, encoder=encoder, method=probe))
+    return client.jobs.wait(created["id"])
+
+
+def test_failures_are_told(service: Running, tmp_path: Path) -> None:
+    with Client(service.url) as client:
+        bad = tmp_path / "bad.zip"
+        bad.write_bytes(b"this is no archive")
+        made = client.datasets.push(bad)
+        with pytest.raises(UnsuccessfulError) as caught:
+            client.datasets.wait(made["id"])
+        assert caught.value.error_code == "not_an_archive"
+        assert "zip, tar, tar.gz or tar.zst" in str(caught.value)
+        with pytest.raises(InvalidRequestError) as refused:
+            client.jobs.create(job_on(made["id"]))
+        assert refused.value.faults[0].code == "dataset_failed"
+
+
+def test_command_line_client(service: Running, archive: Path, tmp_path: Path) -> None:
+    def ctune(*arguments: str | Path) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-m", "cli.main", *arguments, "--json"],
+            env=clean_environment() | {"CTUNE_URL": service.url},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        try:
+            return json.loads(done.stdout)
+        except json.JSONDecodeError:
+            return [json.loads(line) for line in lines]
+
+    dataset = ctune("datasets", "push", archive)
+    assert dataset["status"] == "ready"
+    assert [d["id"] for d in ctune("datasets", "list")] == [dataset["id"]]
+    body = tmp_path / "job.json"
+    body.write_text(json.dumps(job_on("ds_other")))
+    told = ctune("jobs", "create", body, "--dataset", dataset["id"], "--watch")
+    assert told[-1]["event"] == "done"
+    job = ctune("jobs", "show", told[0]["id"])
+    model = job["result"]["model"]
+    assert [m["id"] for m in ctune("models", "list")] == [model]
+    pulled = ctune("models", "pull", model, tmp_path / "pulled")
+    image = Path(pulled["path"]) / "reference" / "000.png"
+    vector = ctune("embed", model, image)
+    assert len(vector["embedding"]) == 24
+    for group, id in (("datasets", dataset["id"]), ("jobs", job["id"]), ("models", model)):
+        assert ctune(group, "show", id)["id"] == id
