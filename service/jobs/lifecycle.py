@@ -134,13 +134,14 @@ def beat(session: Session, lease: Lease, lease_s: float) -> Beat:
         update(lease.table)
         .where(*_held(lease), lease.table.lease_until > now_s())
         .values(lease_until=now_s() + lease_s)
-        .returning(lease.table.cancel_requested_at.is_not(None))
+        # The plain column: SQLite 3.40 answers `x IS NOT NULL` wrongly in RETURNING.
+        .returning(lease.table.id, lease.table.cancel_requested_at)
         .execution_options(synchronize_session=False)
     )
-    cancel = session.execute(statement).scalar_one_or_none()
-    if cancel is None:
+    renewed = session.execute(statement).one_or_none()
+    if renewed is None:
         return Beat.LOST
-    return Beat.CANCEL if cancel else Beat.GO_ON
+    return Beat.GO_ON if renewed.cancel_requested_at is None else Beat.CANCEL
 
 
 def cancel_requests(session: Session, owner: str) -> Sequence[str]:
