@@ -77,12 +77,13 @@ def embed(
     model: ModelId,
     images: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False)],
     out: Annotated[Path | None, typer.Option(help="Write a .npy file, one row per image.")] = None,
+    normalize: Annotated[bool, typer.Option(help="Scale each vector to unit length.")] = True,
     url: Url = URL,
     as_json: AsJson = False,
 ) -> None:
     """Turn image files into vectors: one JSON line per image, or a .npy file."""
     with Client(url) as client:
-        vectors = client.embed(model, images)
+        vectors = client.embed(model, images, normalize=normalize)
     if out is not None:
         np.save(out, vectors)
         shape = list(vectors.shape)

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctune.client_archive import unpack_model, zip_folder
-from ctune.client_http import Http, ServerEvent, UnsuccessfulError
+from ctune.client_http import Http, InvalidRequestError, ServerEvent, UnsuccessfulError
 from ctune.schema import JsonObject
 
 Image = bytes | str | PathLike[str]
@@ -68,36 +68,51 @@ class Client:
         """Return the methods with their data needs and the JSON schemas of their configs."""
         return self.http.data_of("/methods")
 
-    def embed(self, model: str, images: Sequence[Image]) -> NDArray[np.float32]:
-        """Return the vectors of `images`, (N, embed_dim), in order.
+    def embed(
+        self, model: str, images: Sequence[Image], *, normalize: bool = True
+    ) -> NDArray[np.float32]:
+        """Return the vectors of `images`, (N, embed_dim), in order; by default of unit length.
 
         Raises:
             InvalidRequestError: an image cannot be read; `faults` names its index.
             NotFoundError: there is no such model.
         """
-        rows = []
-        for start in range(0, len(images), IMAGES_PER_REQUEST):
-            batch = [data_uri(image) for image in images[start : start + IMAGES_PER_REQUEST]]
-            body = {"model": model, "input": batch, "encoding_format": "base64"}
-            answer = self.http.json("POST", "/embed", json=body)
-            rows += [base64.b64decode(item["embedding"]) for item in answer["data"]]
-        if not rows:
-            return np.zeros((0, 0), np.float32)
-        return np.stack([np.frombuffer(row, dtype="<f4").astype(np.float32) for row in rows])
+        options = {"model": model, "encoding_format": "base64", "normalize": normalize}
+        found = self._in_batches("/embed", images, options)
+        rows = [np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in found]
+        return np.stack(rows).astype(np.float32) if rows else np.zeros((0, 0), np.float32)
 
-    def classify(self, model: str, images: Sequence[Image]) -> list[JsonObject]:
-        """Return one object of labels and probabilities per image, in order.
+    def classify(self, model: str, images: Sequence[Image], *, top_k: int = 5) -> list[JsonObject]:
+        """Return per image, in order, `{"predictions": [{"label", "probability"}, …], …}`.
 
         Raises:
             InvalidRequestError: an image cannot be read, or the model has no classifier.
             NotFoundError: there is no such model.
         """
+        return self._in_batches("/classify", images, {"model": model, "top_k": top_k})
+
+    def _in_batches(
+        self, path: str, images: Sequence[Image], options: JsonObject
+    ) -> list[JsonObject]:
         found: list[JsonObject] = []
         for start in range(0, len(images), IMAGES_PER_REQUEST):
             batch = [data_uri(image) for image in images[start : start + IMAGES_PER_REQUEST]]
-            body = {"model": model, "input": batch}
-            found += self.http.json("POST", "/classify", json=body)["data"]
+            try:
+                found += self.http.json("POST", path, json={**options, "input": batch})["data"]
+            except InvalidRequestError as error:
+                raise _counted_from(start, error) from error
         return found
+
+
+def _counted_from(start: int, error: InvalidRequestError) -> InvalidRequestError:
+    """Return `error` with the indices of all images instead of those of one request."""
+
+    def shifted(pointer: str) -> str:
+        head, _, index = pointer.rpartition("/")
+        return f"/input/{start + int(index)}" if head == "/input" else pointer
+
+    faults = [{**item, "pointer": shifted(item["pointer"])} for item in error.problem["errors"]]
+    return InvalidRequestError(error.status, {**error.problem, "errors": faults})
 
 
 class Resource:

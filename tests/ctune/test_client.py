@@ -266,6 +266,17 @@ def test_embed_sends_data_uris_and_decodes_rows(script: Script, client: Client) 
     assert asked["input"][1].startswith("data:image/jpeg;")
 
 
+def test_faults_of_images_are_counted_over_all_requests(script: Script, client: Client) -> None:
+    vector = base64.b64encode(np.zeros(2, np.float32).tobytes()).decode()
+    script.say(200, {"data": [{"embedding": vector}] * 64})
+    faults = [{"pointer": "/input/3", "code": "corrupt", "detail": "image 3: damaged"}]
+    script.say(422, {"errors": faults})
+    with pytest.raises(InvalidRequestError) as caught:
+        client.embed("mdl_1", [PNG] * 70)
+    assert [fault.pointer for fault in caught.value.faults] == ["/input/67"]
+    assert [len(json.loads(body)["input"]) for *_, body in script.asked] == [64, 6]
+
+
 def test_unknown_bytes_stay_unknown() -> None:
     assert data_uri(b"hello") == "data:application/octet-stream;base64,aGVsbG8="
 

@@ -161,7 +161,7 @@ def check_report(client: Client, job: dict[str, Any]) -> None:
 
 def check_vectors(client: Client, model: str, folder: Path, images: list[bytes]) -> None:
     """Compare with plain timm, in a process that knows nothing of ctune's code."""
-    served = client.embed(model, images)
+    served = client.embed(model, images, normalize=False)
     paths = []
     for number, image in enumerate(images):
         paths.append(folder.parent / f"{number}.png")
@@ -172,6 +172,8 @@ def check_vectors(client: Client, model: str, folder: Path, images: list[bytes])
         [sys.executable, "-I", script, folder, out, *paths], check=True, env=clean_environment()
     )
     np.testing.assert_allclose(np.load(out), served, atol=TOLERANCE, rtol=0)
+    lengths = np.linalg.norm(client.embed(model, images), axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=TOLERANCE)
     broken = [images[0], b"no image", images[1]]
     with pytest.raises(InvalidRequestError) as caught:
         client.embed(model, broken)
