@@ -1,9 +1,8 @@
 """Random views of whole batches on the device, each image with its own parameters.
 
 The parameters of a batch are drawn on the CPU from one generator, so a view is the same on every
-device; the pixels are computed where the images are. Every operation agrees with the function of
-that name in `torchvision.transforms.v2.functional` on float images within 1e-5, the sampling rules
-with `RandomResizedCrop`, `RandomHorizontalFlip`, `ColorJitter` and `RandomGrayscale` of
+device; the pixels are computed where the images are (`ctune.pixel_ops`). The sampling rules are
+those of `RandomResizedCrop`, `RandomHorizontalFlip`, `ColorJitter` and `RandomGrayscale` in
 `torchvision.transforms.v2`.
 
 Shapes: B images, s output side, sizes and boxes always as (height, width) and (top, left, height,
@@ -16,14 +15,20 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-_GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
+from ctune.pixel_ops import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    normalise,
+    resized_crop,
+    to_grayscale,
+)
+
 _CROP_TRIES = 10
 _CHUNK_VALUES = 2**18
 """Values of a chunk of views on the CPU: they stay in the cache between operations."""
-_LARGE_VIEW_PX = 64
-"""Side from which, on the CPU, resizing images one by one beats dense matrix products."""
 
 
 @dataclass(frozen=True)
@@ -152,144 +157,6 @@ def scale_boxes(boxes: Tensor, sizes: Tensor, height_px: int, width_px: int) -> 
     return torch.cat((start, end - start), dim=1)
 
 
-def resized_crop(
-    images: Tensor, boxes: Tensor, size_px: int, *, flip: Tensor | None = None
-) -> Tensor:
-    """Crop each image to its box and resize the crop to s x s, bilinear with antialiasing.
-
-    On CUDA with TF32 matrix products the weights are rounded to 11 bits: up to 0.2 grey levels.
-
-    Args:
-        images: [B, 3, H, W], uint8 (scaled to [0, 1]) or float32.
-        boxes: [B, 4] int64 on the CPU, inside the images.
-        size_px: s.
-        flip: [B] bool on the CPU; which crops to mirror left-right.
-
-    Returns:
-        [B, 3, s, s] float32.
-    """
-    if images.device.type == "cpu" and size_px >= _LARGE_VIEW_PX:
-        return _resize_each(images, boxes, size_px, flip)
-    return _resize_together(images, boxes, size_px, flip)
-
-
-def _resize_each(images: Tensor, boxes: Tensor, size_px: int, flip: Tensor | None) -> Tensor:
-    flips = [False] * len(boxes) if flip is None else flip.tolist()
-    views = []
-    for image, (top, left, height, width), flipped in zip(
-        images, boxes.tolist(), flips, strict=True
-    ):
-        crop = image[None, :, top : top + height, left : left + width].float()
-        view = interpolate(crop, (size_px, size_px), mode="bilinear", antialias=True)
-        views.append(hflip(view) if flipped else view)
-    stacked = views[0] if len(views) == 1 else torch.cat(views)
-    return stacked.mul_(1 / 255) if images.dtype == torch.uint8 else stacked
-
-
-def _resize_together(images: Tensor, boxes: Tensor, size_px: int, flip: Tensor | None) -> Tensor:
-    """Two batched products with per-image weights: exact, and one kernel each on a GPU."""
-    count, channels, height, width = images.shape
-    boxes = boxes.to(images.device, torch.float32, non_blocking=True)
-    down = _resize_weights(boxes[:, 0], boxes[:, 2], height, size_px)
-    across = _resize_weights(boxes[:, 1], boxes[:, 3], width, size_px)
-    if flip is not None:
-        mirrored = flip.to(images.device, non_blocking=True)[:, None, None]
-        across = torch.where(mirrored, across.flip(1), across)
-    if images.dtype == torch.uint8:
-        down = down.mul_(1 / 255)
-    rows = images.float().reshape(count, channels * height, width)
-    narrow = torch.bmm(rows, across.transpose(1, 2)).view(count, channels, height, size_px)
-    return torch.matmul(down[:, None], narrow)
-
-
-def _resize_weights(start: Tensor, length: Tensor, source_px: int, size_px: int) -> Tensor:
-    """Return [B, s, source_px]: the antialiasing triangle filter inside [start, start + length)."""
-    scale = (length / size_px)[:, None, None]
-    place = torch.arange(source_px, device=start.device) - start[:, None, None]
-    centre = (torch.arange(size_px, device=start.device) + 0.5)[None, :, None] * scale
-    distance = (place + 0.5 - centre).abs_().div_(scale.clamp(min=1))
-    inside = (place >= 0) & (place < length[:, None, None])
-    weights = (1 - distance).clamp_(min=0).mul_(inside)
-    return weights.div_(weights.sum(dim=2, keepdim=True))
-
-
-def hflip(images: Tensor) -> Tensor:
-    """Mirror [B, 3, H, W] images left-right."""
-    return images.flip(-1)
-
-
-def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Multiply [B, 3, H, W] images in [0, 1] by `factor` [B] >= 0 and clamp to [0, 1]."""
-    return (images * _per_image(factor)).clamp_(max=1)
-
-
-def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend images in [0, 1] with the mean of their grey version; 1 keeps, 0 gives flat grey.
-
-    Args:
-        images: [B, 3, H, W].
-        factor: [B], at least 0.
-    """
-    factor = _per_image(factor)
-    weights = torch.tensor(_GRAY_WEIGHTS, device=images.device)
-    mean = _per_image(images.mean(dim=(2, 3)) @ weights)
-    return (images * factor).add_(mean * (1 - factor)).clamp_(0, 1)
-
-
-def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend images in [0, 1] with their grey version; 1 keeps, 0 gives grey.
-
-    Args:
-        images: [B, 3, H, W].
-        factor: [B], at least 0.
-    """
-    factor = _per_image(factor)
-    return (images * factor).add_(_luma(images).mul_(1 - factor)).clamp_(0, 1)
-
-
-def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of images in [0, 1] by `shift`, in turns; value and saturation stay.
-
-    With colours scaled to r', g', b' in [0, 1] between the least and the greatest channel, the
-    distance of the hue from red in sixths of a turn is 1 - r' + g' + b', on green's side where
-    g > b; and a channel at distance d from the hue has the scaled value min(max(2 - d, 0), 1).
-
-    Args:
-        images: [B, 3, H, W].
-        shift: [B] in [-0.5, 0.5].
-    """
-    red, green, blue = images.chunk(3, dim=1)
-    least = torch.minimum(torch.minimum(red, green), blue)
-    spread = torch.maximum(torch.maximum(red, green), blue).sub_(least)
-    hue = (green - red).add_(blue - least).div_(spread.clamp(min=1e-20)).add_(1)
-    hue = hue.copysign_(green - blue).add_(_per_image(shift * 6))
-    hue.sub_((hue / 6).round_(), alpha=6)
-    centres = torch.tensor([0.0, 2.0, -2.0], device=images.device)[:, None, None]
-    scaled = (hue - centres).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
-    return scaled.mul_(spread).add_(least)
-
-
-def to_grayscale(images: Tensor) -> Tensor:
-    """Replace the channels of [B, 3, H, W] images by their luma."""
-    return _luma(images).expand_as(images)
-
-
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Return (images - mean) / std per channel of [B, 3, H, W] images."""
-    shift = torch.tensor(mean, device=images.device)[:, None, None]
-    return (images - shift).div_(torch.tensor(std, device=images.device)[:, None, None])
-
-
-def _luma(images: Tensor) -> Tensor:
-    red, green, blue = images.chunk(3, dim=1)
-    r, g, b = _GRAY_WEIGHTS
-    return (red * r).add_(green, alpha=g).add_(blue, alpha=b)
-
-
-def _per_image(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
-
-
 _JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     adjust_brightness,
     adjust_contrast,
@@ -306,28 +173,39 @@ def colour_jitter(images: Tensor, params: ViewParams, strength: tuple[float, ...
         params: B rows.
         strength: an operation of strength 0 is left out.
     """
+    groups = _group_rows(params, strength)
+    if not groups:
+        return images
+    views = images.clone() if len(images) > 1 else images
+    numbers = [row for _, rows in groups for row in rows]
+    all_rows = torch.tensor(numbers).to(images.device, non_blocking=True)
     factors = params.factors.to(images.device, non_blocking=True)
+    parts = torch.split_with_sizes(all_rows, [len(rows) for _, rows in groups])
+    for (index, _), rows in zip(groups, parts, strict=True):
+        views = _apply_to_rows(views, rows, _JITTER[index], factors[rows, index])
+    return views
+
+
+def _group_rows(params: ViewParams, strength: tuple[float, ...]) -> list[tuple[int, list[int]]]:
+    """Return (operation, rows it is applied to), place after place of the views' orders."""
+    orders = params.order.tolist()
+    jittered = [row for row, wanted in enumerate(params.jitter.tolist()) if wanted]
+    groups = []
     for place in range(4):
-        at_place = torch.where(params.jitter, params.order[:, place], -1)
-        for index, operation in enumerate(_JITTER):
-            if strength[index] > 0:
-                images = _apply_to_rows(images, at_place == index, operation, factors[:, index])
-    return images
+        rows: list[list[int]] = [[], [], [], []]
+        for row in jittered:
+            rows[orders[row][place]].append(row)
+        groups += [(i, rows[i]) for i in range(4) if rows[i] and strength[i] > 0]
+    return groups
 
 
 def _apply_to_rows(
-    images: Tensor,
-    mask: Tensor,
-    operation: Callable[[Tensor, Tensor], Tensor],
-    factor: Tensor,
+    views: Tensor, rows: Tensor, operation: Callable[..., Tensor], *factors: Tensor
 ) -> Tensor:
-    rows = mask.nonzero()[:, 0]
-    if not len(rows):
-        return images
-    if len(rows) == len(images):
-        return operation(images, factor)
-    rows = rows.to(images.device, non_blocking=True)
-    return images.index_copy(0, rows, operation(images[rows], factor[rows]))
+    """Change some rows in place, or return a changed copy of all; factors are those of `rows`."""
+    if len(rows) == len(views):
+        return operation(views, *factors)
+    return views.index_copy_(0, rows, operation(views[rows], *factors))
 
 
 class ViewPipeline:
@@ -374,14 +252,14 @@ class ViewPipeline:
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             for start in range(0, len(images), step):
                 rows = slice(start, start + step)
-                out[rows] = self._render(images[rows], boxes[rows], params.select(rows))
+                self._render(images[rows], boxes[rows], params.select(rows), out=out[rows])
         return out
 
-    def _render(self, images: Tensor, boxes: Tensor, params: ViewParams) -> Tensor:
+    def _render(self, images: Tensor, boxes: Tensor, params: ViewParams, *, out: Tensor) -> None:
         config = self.config
         views = resized_crop(images, boxes, config.size_px, flip=params.flip)
         views = colour_jitter(views, params, config.jitter)
         gray = params.grayscale.nonzero()[:, 0].to(views.device, non_blocking=True)
         if len(gray):
-            views.index_copy_(0, gray, to_grayscale(views[gray]))
-        return normalise(views, config.mean, config.std)
+            views = _apply_to_rows(views, gray, to_grayscale)
+        normalise(views, config.mean, config.std, out=out)

@@ -20,16 +20,18 @@ from ctune.augment import (
     ViewConfig,
     ViewParams,
     ViewPipeline,
+    colour_jitter,
+    sample_view_params,
+    scale_boxes,
+)
+from ctune.pixel_ops import (
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
-    colour_jitter,
     hflip,
     normalise,
     resized_crop,
-    sample_view_params,
-    scale_boxes,
     to_grayscale,
 )
 

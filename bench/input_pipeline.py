@@ -1,0 +1,265 @@
+"""Images per second of the input pipeline: two LaCViT views per image, ours against torchvision.
+
+`torchvision` is transforms v2 on uint8 tensors inside a DataLoader with one worker per core, as its
+documentation recommends; `memory`: the decoded images are in memory, `files`: every image is
+decoded from its JPEG each time. `ctune` is the decoded cache, a prefetching thread and batched
+views, with as many threads as cores; its cache is built once, in the time told below the table.
+
+The sides alternate within one process, so that a busy machine slows both; medians are printed.
+
+    OMP_NUM_THREADS=2 python -m bench.input_pipeline
+    python -m bench.input_pipeline --sizes 224 --data path/to/images --device cuda
+"""
+
+import argparse
+import datetime
+import io
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from ctune.augment import ViewConfig, ViewPipeline
+from ctune.data import ImageCache, Indices, prefetch
+from ctune.manifest import Split
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+JITTER = (0.4, 0.4, 0.4, 0.1)
+CACHE_SIDE_PX = {32: 32, 224: 256}
+FILE_SIZE_PX = {32: (32, 32), 224: (500, 375)}
+"""(width, height) of generated files; in memory both sides hold images of the cache side."""
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row group of the table."""
+
+    size_px: int
+    batch_size: int
+    batches: int
+    rounds: int
+    workers: int
+    device: torch.device
+
+
+class Images:
+    """Encoded images in memory, as the packed store would hand them out."""
+
+    def __init__(self, encoded: list[bytes]) -> None:
+        self.encoded = encoded
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def image(self, n: int) -> Image.Image:
+        return Image.open(io.BytesIO(self.encoded[n])).convert("RGB")
+
+    def indices(self, split: Split) -> Indices:
+        return np.arange(len(self) if split == "train" else 0, dtype=np.int64)
+
+    def labels(self, split: Split) -> Indices:
+        return np.zeros_like(self.indices(split))
+
+
+class TwoViews(Dataset[tuple[Tensor, Tensor]]):
+    """The usual map-style data set: two random views of image n."""
+
+    def __init__(self, load: Callable[[int], Tensor], count: int, size_px: int) -> None:
+        self.load, self.count = load, count
+        self.transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(size_px, scale=(0.2, 1.0), antialias=True),
+                v2.RandomHorizontalFlip(0.5),
+                v2.RandomApply([v2.ColorJitter(*JITTER)], p=0.8),
+                v2.RandomGrayscale(0.2),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
+        image = self.load(n)
+        return self.transform(image), self.transform(image)
+
+
+def generate(count: int, width: int, height: int) -> list[bytes]:
+    """Return JPEGs that compress like photographs: smooth colours under some noise."""
+    rng = np.random.default_rng(0)
+    encoded = []
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+        noisy = np.clip(smooth + rng.integers(-12, 13, smooth.shape), 0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
+        encoded.append(buffer.getvalue())
+    return encoded
+
+
+def read_folder(folder: Path, count: int) -> list[bytes]:
+    """Return the first images of a folder, in the order of their names."""
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)[:count]
+    if not paths:
+        raise SystemExit(f"no images in {folder}: give a folder with {sorted(IMAGE_SUFFIXES)}")
+    return [path.read_bytes() for path in paths]
+
+
+def torchvision_batches(load: Callable[[int], Tensor], count: int, s: Setting) -> Iterator[float]:
+    """Yield images per second of one round of batches after another; workers live on."""
+    views = TwoViews(load, count, s.size_px)
+    order = torch.randint(0, count, (s.batches * s.batch_size,)).tolist()
+    loader = DataLoader(
+        views,
+        batch_size=s.batch_size,
+        sampler=order,
+        num_workers=s.workers,
+        persistent_workers=True,
+        pin_memory=s.device.type == "cuda",
+    )
+    while True:
+        start = time.perf_counter()
+        for first, second in loader:
+            torch.cat((first, second)).to(s.device, non_blocking=True)
+        synchronise(s.device)
+        yield s.batches * s.batch_size / (time.perf_counter() - start)
+
+
+def ctune_batches(cache: ImageCache, s: Setting) -> Iterator[float]:
+    """Yield images per second of one round of batches after another."""
+    config = ViewConfig(
+        size_px=s.size_px,
+        jitter=JITTER,
+        jitter_prob=0.8,
+        grayscale_prob=0.2,
+        mean=MEAN,
+        std=STD,
+    )
+    pipeline, generator = ViewPipeline(config), torch.Generator().manual_seed(0)
+    order = np.random.default_rng(0).integers(0, len(cache), (s.batches, s.batch_size))
+
+    def fetch(positions: Indices) -> tuple[Tensor, Tensor]:
+        images = cache.batch(positions).to(s.device, non_blocking=True)
+        return images, cache.sizes(positions)
+
+    while True:
+        start = time.perf_counter()
+        with prefetch(list(order), fetch) as fetched:
+            for images, sizes in fetched:
+                pipeline.views(images, sizes, generator, num_views=2)
+        synchronise(s.device)
+        yield s.batches * s.batch_size / (time.perf_counter() - start)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU to finish."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(encoded: list[bytes], s: Setting) -> None:
+    """Run all sides in turn and print their rows."""
+    store = Images(encoded)
+    side = CACHE_SIDE_PX.get(s.size_px, s.size_px * 8 // 7)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        cache = ImageCache.build(store, range(len(store)), side, Path(folder) / "cache")
+        build_s = time.perf_counter() - start
+        # As pil_to_tensor leaves them: channels last, for which torchvision's resize is fastest.
+        held = [image.permute(1, 2, 0).contiguous() for image in cache.batch(range(len(cache)))]
+        sides = {
+            "ctune": ctune_batches(cache, s),
+            "torchvision memory": torchvision_batches(
+                lambda n: held[n].permute(2, 0, 1), len(store), s
+            ),
+            "torchvision files": torchvision_batches(
+                lambda n: F.pil_to_tensor(store.image(n)), len(store), s
+            ),
+        }
+        speeds: dict[str, list[float]] = {name: [] for name in sides}
+        for round_number in range(s.rounds + 1):
+            for name, rounds in sides.items():
+                speed = next(rounds)
+                if round_number:  # the first warms up
+                    speeds[name].append(speed)
+    ours = statistics.median(speeds["ctune"])
+    for name, values in speeds.items():
+        median = statistics.median(values)
+        print(
+            f"| {s.size_px:>4} | {s.device.type:<4} | {name:<18} | {median:>9.0f} |"
+            f" {min(values):>7.0f}-{max(values):<7.0f} | {ours / median:>6.2f} |"
+        )
+    print(f"  cache of {len(store)} images at {side} px built in {build_s:.2f} s")
+
+
+def describe_machine(threads: int) -> str:
+    """Return one line: when, where, with what."""
+    names = ("torch", "torchvision", "numpy", "pillow")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    gpu = f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
+    today = datetime.datetime.now(datetime.UTC).date()
+    return (
+        f"{today}, {processor_name()}, {len(os.sched_getaffinity(0))} cores{gpu},"
+        f" {threads} torch threads, python {platform.python_version()}, {versions}"
+    )
+
+
+def processor_name() -> str:
+    """Return what the kernel calls the processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def main() -> None:
+    """Read the arguments, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 224], help="view sides, px")
+    parser.add_argument("--data", type=Path, help="folder of images; else they are generated")
+    parser.add_argument("--images", type=int, default=512, help="how many images")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batches", type=int, help="per round; else 40 at 32 px, 8 above")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default=None, help="cpu or cuda; else the CPU and any GPU")
+    args = parser.parse_args()
+    workers = len(os.sched_getaffinity(0))
+    found = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    print(describe_machine(torch.get_num_threads()))
+    print("|   px | on   | pipeline           |  images/s |     min-max     | ctune x |")
+    for size_px in args.sizes:
+        width, height = FILE_SIZE_PX.get(size_px, (2 * size_px, 3 * size_px // 2))
+        if args.data:
+            encoded = read_folder(args.data, args.images)
+        else:
+            encoded = generate(args.images, width, height)
+        for device in [args.device] if args.device else found:
+            setting = Setting(
+                size_px=size_px,
+                batch_size=args.batch_size,
+                batches=args.batches or (40 if size_px <= 64 else 8),
+                rounds=args.rounds,
+                workers=workers,
+                device=torch.device(device),
+            )
+            measure(encoded, setting)
+
+
+if __name__ == "__main__":
+    main()
