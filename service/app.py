@@ -27,7 +27,7 @@ from service.db import (
     make_engine,
 )
 from service.embeddings import routes as embeddings
-from service.errors import install_handlers
+from service.errors import PROBLEM_DOCS, install_handlers
 from service.jobs import output_routes
 from service.jobs import routes as jobs
 from service.methods import routes as methods
@@ -67,6 +67,7 @@ def create_app(settings: Settings, *, host: str | None = None) -> FastAPI:
         version=__version__,
         summary="Contrastive tuning of image encoders, as a service",
         lifespan=_lifespan,
+        responses={"default": PROBLEM_DOCS},
         redirect_slashes=False,
     )
     app.state.settings = settings
@@ -189,7 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", default=8000, type=int, help="port to listen on")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     return serve(get_settings(), given.host, given.port)
 
 

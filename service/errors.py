@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from http import HTTPStatus
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -33,6 +33,30 @@ from service.faults import request_faults
 PROBLEM_JSON = "application/problem+json"
 PROBLEM_TYPE = "https://ctune.dev/problems/"
 RETRY_AFTER_S = 5
+_TEXT = {"type": "string"}
+_NULLABLE = {"type": ["string", "null"]}
+PROBLEM_DOCS: dict[str, Any] = {
+    "description": "Problem: what is wrong, where, and what to do",
+    "content": {
+        PROBLEM_JSON: {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    **dict.fromkeys(("type", "title", "detail", "instance", "request_id"), _TEXT),
+                    "status": {"type": "integer"},
+                    "errors": {"type": "array", "items": Fault.model_json_schema()},
+                    "error": {
+                        "type": "object",
+                        "properties": {
+                            **dict.fromkeys(("message", "type", "code"), _TEXT),
+                            "param": _NULLABLE,
+                        },
+                    },
+                },
+            }
+        }
+    },
+}
 
 
 class ApiError(HTTPException):
@@ -209,10 +233,6 @@ def _allowed_methods(app: FastAPI, path: str) -> list[str]:
 
 def _on_invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    if isinstance(error.body, bytes):
-        sent = request.headers.get("content-type", "no Content-Type")
-        said = f"the body is sent as {sent!r}. Send JSON with `Content-Type: application/json`."
-        return problem_response(UnsupportedTypeError(said), request.scope)
     return problem_response(InvalidError(request_faults(error.errors())), request.scope)
 
 

@@ -61,15 +61,20 @@ def request_faults(errors: Sequence[Any]) -> list[Fault]:
     return faults
 
 
-def body_faults(errors: Sequence[Any], model: type[BaseModel]) -> list[Fault]:
+def body_faults(
+    errors: Sequence[Any], model: type[BaseModel], under: Sequence[str] = ()
+) -> list[Fault]:
     """Return the faults of a body that should be a `model`, one per place.
+
+    `under` says where in the request that body stands.
 
     The tags that pydantic puts into the place of a discriminated union are left out, and the
     members of a plain union that all refuse one value become one fault.
     """
     faults: dict[str, Fault] = {}
     for error in errors:
-        parts, owner = _place(error["loc"], model)
+        inside, owner = _place(error["loc"], model)
+        parts = [*under, *inside]
         if error["type"].startswith("union_tag"):
             parts.append(error["ctx"]["discriminator"].strip("'"))
         place = pointer(parts)
@@ -83,10 +88,10 @@ def body_faults(errors: Sequence[Any], model: type[BaseModel]) -> list[Fault]:
     return list(faults.values())[:MAX_FAULTS]
 
 
-def unstorable_faults(body: Any) -> list[Fault]:
+def unstorable_faults(body: Any, under: Sequence[str] = ()) -> list[Fault]:
     """Return a fault for every value of a parsed body that JSON or a database cannot hold."""
     faults = []
-    for parts, what in _unstorable(body, []):
+    for parts, what in _unstorable(body, [*under]):
         detail = f"{_name(parts)} holds {what}. Leave it out."
         faults.append(Fault(pointer=pointer(parts), code="not_storable", detail=detail))
     return faults[:MAX_FAULTS]
@@ -137,7 +142,7 @@ def _said(error: Any, name: str, owner: type[BaseModel] | None = None) -> str:
         return message.removeprefix("Value error, ").rstrip(".") + "."
     if kind in ("model_attributes_type", "model_type", "dict_type"):
         return f"{name} is {show(error['input'])}; it should be a JSON object."
-    wanted = message.partition("should ")[2]
+    wanted = message.partition("should ")[2].partition(", unable to")[0]
     if wanted:
         return f"{name} is {show(error['input'])}; it should {wanted}."
     return f"{name} is {show(error['input'])}: {message[0].lower()}{message[1:]}."

@@ -24,19 +24,19 @@ class DatasetOptions(Schema):
 
 def parse_options(text: str | None) -> tuple[DatasetOptions, list[Fault]]:
     """Return the options in a form field, with everything that is wrong with it."""
+    under = ("options",)
     try:
         given: Any = {} if text is None or not text.strip() else json.loads(text)
     except (ValueError, RecursionError) as error:
         detail = f'`options` is not JSON: {error}. Send an object such as {{"test_fraction": 0.2}}.'
         return DatasetOptions(), [Fault(pointer="/options", code="invalid_json", detail=detail)]
-    faults = unstorable_faults(given)
+    faults = unstorable_faults(given, under)
     try:
         options = DatasetOptions.model_validate(given)
     except ValidationError as error:
         options = DatasetOptions()
-        faults = body_faults(error.errors(include_url=False), DatasetOptions)
-    below = [f.model_copy(update={"pointer": "/options" + f.pointer}) for f in faults]
-    return options, below
+        faults = body_faults(error.errors(include_url=False), DatasetOptions, under)
+    return options, faults
 
 
 def parse_name(given: str | None, filename: str) -> tuple[str, list[Fault]]:

@@ -13,21 +13,7 @@ router = APIRouter(tags=["embeddings"])
 
 PATHS = ("/embed", "/classify", "/v1/embeddings")
 ASKED = ("content-type", "content-length", "accept", "accept-encoding")
-ANSWERED = (
-    "content-type",
-    "content-length",
-    "content-encoding",
-    "retry-after",
-    "x-should-retry",
-    "x-queue-time",
-    "x-decode-time",
-    "x-inference-time",
-    "x-total-time",
-    "x-embedding-dim",
-    "x-embedding-count",
-    "x-embedding-dtype",
-    "x-content-type-options",
-)
+ANSWERED = ("content-type", "content-length", "content-encoding", "cache-control", "retry-after")
 
 
 @router.post("/embed", response_model=None)
@@ -64,10 +50,14 @@ async def _forward(request: Request) -> Response:
             " stays away, start it with `ctune embed-server` and look at GET /readyz.",
             code="embedding_unavailable",
         ) from error
-    kept = {name: answer.headers[name] for name in ANSWERED if name in answer.headers}
+    kept = {name: value for name, value in answer.headers.items() if _passes(name)}
     return StreamingResponse(
         answer.aiter_raw(), answer.status_code, kept, background=BackgroundTask(answer.aclose)
     )
+
+
+def _passes(name: str) -> bool:
+    return name in ANSWERED or (name.startswith("x-") and name != "x-request-id")
 
 
 async def _body(request: Request) -> AsyncIterator[bytes]:

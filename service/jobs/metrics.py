@@ -49,8 +49,8 @@ def columns(session: Session, wanted: Wanted, max_points: int) -> list[JsonObjec
     ):
         one = wanted._replace(stage=stage, name=name)
         rows = select(Metric.step, Metric.value).where(*one.where()).order_by(Metric.step)
-        points = session.execute(rows.execution_options(yield_per=ROWS_PER_LOOK))
-        kept = thin((row._tuple() for row in points), count, max_points)
+        with session.execute(rows.execution_options(yield_per=ROWS_PER_LOOK)) as points:
+            kept = thin(((step, value) for step, value in points), count, max_points)
         found.append(
             {
                 "stage": stage,
@@ -109,14 +109,15 @@ def lines(database: Database, wanted: Wanted) -> Iterator[bytes]:
         here = columns if behind is None else columns.where(tuple_(*key) > tuple_(*behind))
         with database.reading() as session:
             rows = session.execute(here).all()
-        yield "".join(_line(row._tuple()) for row in rows).encode()
+        yield "".join(_line(*row) for row in rows).encode()
         if len(rows) < ROWS_PER_LOOK:
             return
-        behind = rows[-1]._tuple()[:3]
+        behind = tuple(rows[-1])[:3]
 
 
-def _line(row: tuple[str, str, int, float | None, int, float]) -> str:
-    stage, name, step, value, attempt, created_at = row
+def _line(
+    stage: str, name: str, step: int, value: float | None, attempt: int, created_at: float
+) -> str:
     point = {
         "stage": stage,
         "name": name,

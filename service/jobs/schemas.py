@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, WrapValidator
 from ctune.config import RunConfig
 from ctune.events import finite
 from ctune.schema import Fault, JsonObject
+from service.errors import UnsupportedTypeError
 from service.faults import body_faults, unstorable_faults
 from service.tables import Checkpoint, Job, JobEvent, JobTransition
 
@@ -41,6 +42,10 @@ class Rejected(NamedTuple):
 
 
 def _keep_faults(body: Any, validate: Callable[[Any], JobCreate]) -> JobCreate | Rejected:
+    if isinstance(body, bytes):  # FastAPI parses only what is sent as JSON
+        raise UnsupportedTypeError(
+            "the body is not JSON: send it as `Content-Type: application/json`."
+        )
     unstorable = unstorable_faults(body)
     try:
         job = validate(body)
