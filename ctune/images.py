@@ -17,6 +17,8 @@ EXIF orientation      applied
 import io
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,24 +105,23 @@ def decode(
     Raises:
         ImageError: the bytes are no image of a supported kind, are damaged, or break a limit.
     """
-    kind = image_format(data)
-    _quiet_pillow()
-    try:
-        with Image.open(io.BytesIO(data), formats=(kind,)) as image:
-            _check_size(image.size, max_pixels, max_side_px)
-            if kind == "JPEG" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
-                raise ImageError("the JPEG has more scans than an image needs")
-            return _to_rgb(image, kind)
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise ImageError(str(error), code="image_too_large") from error
-    except MemoryError as error:
-        message = "decoding needs more memory than an image may take"
-        raise ImageError(message, code="image_too_large") from error
-    except Exception as error:  # decoders of hostile bytes raise nearly anything
-        reason = str(error) or type(error).__name__
-        raise ImageError(f"the {kind} cannot be decoded: {reason}") from error
+    with _opened(data) as image:
+        _check_size(image.size, max_pixels, max_side_px)
+        kind = image_format(data)
+        if kind == "JPEG" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+            raise ImageError("the JPEG has more scans than an image needs")
+        return _to_rgb(image, kind)
+
+
+def header_size_px(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
+    """Return (width, height) as the header says, before EXIF transposition, without decoding.
+
+    Raises:
+        ImageError: as `decode`, for what the header alone shows.
+    """
+    with _opened(data) as image:
+        _check_size(image.size, max_pixels, MAX_SIDE_PX)
+        return image.size
 
 
 def image_format(head: bytes) -> ImageFormat:
@@ -145,6 +146,26 @@ def image_format(head: bytes) -> ImageFormat:
         hint="supported are JPEG, PNG, WebP, BMP, GIF and TIFF",
         code="not_an_image",
     )
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """Open an image for the block; whatever goes wrong in it is an `ImageError`."""
+    kind = image_format(data)
+    _quiet_pillow()
+    try:
+        with Image.open(io.BytesIO(data), formats=(kind,)) as image:
+            yield image
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(str(error), code="image_too_large") from error
+    except MemoryError as error:
+        message = "decoding needs more memory than an image may take"
+        raise ImageError(message, code="image_too_large") from error
+    except Exception as error:  # decoders of hostile bytes raise nearly anything
+        reason = str(error) or type(error).__name__
+        raise ImageError(f"the {kind} cannot be decoded: {reason}") from error
 
 
 def _quiet_pillow() -> None:
