@@ -72,6 +72,10 @@ class Work(ABC):
         self.run_dir.create()
         write_atomically(self.run_dir.config, json.dumps(content, indent=2).encode())
 
+    def earlier(self) -> list[tuple[int, RunDir]]:
+        """Return the earlier attempts whose run directories can be resumed, oldest first."""
+        return []
+
     @abstractmethod
     def adopt(self, result: JsonObject) -> Ending:
         """Move what the child made to its final place and return what the row is to say.
@@ -109,6 +113,10 @@ class Training(Work):
     def command(self) -> list[str]:
         return self.context.settings.train_command
 
+    def earlier(self) -> list[tuple[int, RunDir]]:
+        runs = self.storage.job_runs(self.lease.id)
+        return [(attempt, run) for attempt, run in runs if attempt < self.lease.attempt][::-1]
+
     def adopt(self, result: JsonObject) -> Ending:
         made = self.run_dir.model
         if not made.is_dir() or "model" not in result:
@@ -141,15 +149,10 @@ class Training(Work):
             message = f"the data set {self._row.dataset_id} of this job is gone"
             hint = "upload it again and create a new job"
             raise CannotRunError(make_error("dataset_gone", message, hint=hint, fault="user"))
-        earlier = [
-            str(run.root)
-            for attempt, run in self.storage.job_runs(self._row.id)
-            if attempt < self.lease.attempt
-        ]
         return {
             "config": config,
             "data": str(self.storage.absolute(dataset.store)),
-            "resume_from": earlier,
+            "resume_from": [str(run.root) for _, run in reversed(self.earlier())],
             "encoder_dir": self._encoder_dir(config["encoder"]),
             "job_id": self._row.id,
         }

@@ -8,6 +8,7 @@ import time
 from pydantic import ValidationError
 
 from ctune.events import LAST_WORDS, Event, Failed, Progress, StageStarted, read_events
+from ctune.rundir import RunDir
 from service.db import DatabaseUnavailableError
 from service.jobs import lifecycle
 from service.jobs.lifecycle import Beat, Ending
@@ -67,6 +68,8 @@ class Attempt:
 
     def _run_child(self) -> Outcome:
         self.work.prepare()
+        for attempt, run_dir in self.work.earlier():
+            self._catch_up(attempt, run_dir)
         self._write_lease()
         self._child = ChildProcess(self.work.command, self.work.run_dir, self._environment())
         while not self._child.wait(self._settings.poll_s) and not self._lost:
@@ -80,6 +83,18 @@ class Attempt:
         log_tail = tail(self.work.run_dir.log.read_bytes())
         return decide(self._last, exit_code, self._reason, phase=self._phase, log_tail=log_tail)
 
+    def _catch_up(self, attempt: int, run_dir: RunDir) -> None:
+        """Store what an earlier child said after its worker had last listened.
+
+        The child that follows resumes behind it and does not say it again.
+        """
+        offset = 0
+        while not self._lost:
+            events, offset, _ = read_batch(run_dir, offset)
+            if not events:
+                return
+            self._lost = self._store(events, run_dir, attempt) is Beat.LOST
+
     def _environment(self) -> dict[str, str]:
         told = {
             "CTUNE_PARENT_PID": str(os.getpid()),
@@ -91,19 +106,15 @@ class Attempt:
 
     def _report(self, *, final: bool = False) -> bool:
         """Store new events and renew the lease; True when there may be more to store."""
-        events, offset = self._read()
+        events, offset, broken = read_batch(self.work.run_dir, self._offset)
+        self._listen(events, broken)
         now = time.monotonic()
         asked = self.cancel.is_set() and self._reason is not StopReason.CANCEL
         due = now - self._beaten >= self._settings.beat_s or asked
         if not events and not due:
             return False
         try:
-            with self._context.database.writing() as session:
-                lease = self.work.lease
-                beat = lifecycle.beat(session, lease, self._settings.lease_s)
-                if beat is not Beat.LOST:
-                    folder = self._context.storage.relative(self.work.run_dir.checkpoints)
-                    store_events(session, lease, events, checkpoints=folder)
+            beat = self._store(events, self.work.run_dir, self.work.lease.attempt)
         except DatabaseUnavailableError as error:
             log.warning("%s: cannot report: %s", self.work.lease.id, error)
             self._lost = now - self._beaten >= self._settings.lease_s
@@ -120,24 +131,25 @@ class Attempt:
         self.cancel.clear()
         return bool(events) and not self._lost
 
-    def _read(self) -> tuple[list[Event], int]:
-        """Return new events and the offset behind them; the child's last word is noted."""
-        events: list[Event] = []
-        offset = self._offset
-        try:
-            for event, behind in read_events(self.work.run_dir.events, offset):
-                events.append(event)
-                offset = behind
-                if isinstance(event, LAST_WORDS):
-                    self._last = event
-                elif isinstance(event, StageStarted | Progress):
-                    self._phase = event.stage
-                if len(events) >= MAX_EVENTS:
-                    break
-        except ValidationError as error:
-            message = f"the process wrote an event that nobody understands: {error}"
+    def _store(self, events: list[Event], run_dir: RunDir, attempt: int) -> Beat:
+        """Renew the lease and store events, in one transaction."""
+        folder = self._context.storage.relative(run_dir.checkpoints)
+        with self._context.database.writing() as session:
+            beat = lifecycle.beat(session, self.work.lease, self._settings.lease_s)
+            if beat is not Beat.LOST:
+                store_events(session, self.work.lease, events, checkpoints=folder, attempt=attempt)
+        return beat
+
+    def _listen(self, events: list[Event], broken: str) -> None:
+        """Note the phase and the last word of the child."""
+        for event in events:
+            if isinstance(event, LAST_WORDS):
+                self._last = event
+            elif isinstance(event, StageStarted | Progress):
+                self._phase = event.stage
+        if broken:
+            message = f"the process wrote an event that nobody understands: {broken}"
             self._last = Failed(code="bad_event", message=message)
-        return events, offset
 
     def _write_lease(self) -> None:
         """Tell the child that its lease was renewed: it looks for new content."""
@@ -220,6 +232,20 @@ class Attempt:
             assert ending is not None
             done = lifecycle.finish(session, lease, ending)
             return ending.status if done else "lease lost"
+
+
+def read_batch(run_dir: RunDir, offset: int) -> tuple[list[Event], int, str]:
+    """Return the next events, the offset behind them, and what is wrong with the line after."""
+    events: list[Event] = []
+    try:
+        for event, behind in read_events(run_dir.events, offset):
+            events.append(event)
+            offset = behind
+            if len(events) >= MAX_EVENTS:
+                break
+    except ValidationError as error:
+        return events, offset, str(error)
+    return events, offset, ""
 
 
 def _broken(error: Exception) -> Outcome:

@@ -1,6 +1,7 @@
 """Store what a child says. Reading a line twice is harmless: rows are keyed by (attempt, seq)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from sqlalchemy import TableClause, delete, update
@@ -29,24 +30,29 @@ LEVELS = {"warning": "warning", "failed": "error"}
 
 
 def store_events(
-    session: Session, lease: Lease, events: Sequence[Event], *, checkpoints: str
+    session: Session, lease: Lease, events: Sequence[Event], *, checkpoints: str, attempt: int
 ) -> None:
-    """Store new events of an attempt; the caller has renewed the lease in this transaction.
+    """Store what a child said; the caller has renewed the lease in this transaction.
 
     Of an ingestion only its progress is kept.
 
     Args:
-        checkpoints: the attempt's checkpoint directory below the data directory.
+        attempt: whose child it was: the lease's, or an earlier one of which the worker died before
+            it had read everything. The progress of an earlier one is history.
+        checkpoints: that attempt's checkpoint directory below the data directory.
     """
-    _store_progress(session, lease, events)
+    if attempt == lease.attempt:
+        _store_progress(session, lease, events)
     if lease.table is Dataset:
         return
-    rows = [_event_row(lease, event) for event in events if not _is_series(event)]
+    said_by = replace(lease, attempt=attempt)
+    rows = [_event_row(said_by, event) for event in events if not _is_series(event)]
     _insert(session, JobEvent, rows, keys=("job_id", "attempt", "seq"))
-    _insert(session, Metric, _metric_rows(lease, events), keys=("job_id", "stage", "name", "step"))
+    metrics = _metric_rows(said_by, events)
+    _insert(session, Metric, metrics, keys=("job_id", "stage", "name", "step"))
     for event in events:
         if isinstance(event, CheckpointSaved):
-            _store_checkpoint(session, lease, event, checkpoints)
+            _store_checkpoint(session, said_by, event, checkpoints)
 
 
 def _is_series(event: Event) -> bool:

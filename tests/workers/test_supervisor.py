@@ -13,9 +13,20 @@ from service.db import Database
 from service.jobs import lifecycle
 from service.settings import Settings
 from service.storage import Storage
-from service.tables import Checkpoint, Dataset, Job, JobEvent, Metric, Model, WorkerSeen
+from service.tables import (
+    Checkpoint,
+    Dataset,
+    Job,
+    JobEvent,
+    JobTransition,
+    Metric,
+    Model,
+    WorkerSeen,
+)
 from tests.workers.conftest import StartSupervisor
-from tests.workers.rows import add_job, add_jobs, get_job, stays, upload, wait_until
+from tests.workers.rows import add_job, add_jobs, claim_job, get_job, upload, wait_until
+
+on_sqlite = pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
 
 
 def _ended(database: Database, job_id: str) -> Job:
@@ -100,6 +111,7 @@ def test_a_job_runs_to_its_model(
         ("half a line", "crashed", 2),
     ],
 )
+@on_sqlite
 def test_a_job_that_cannot_succeed_fails(
     database: Database, start_supervisor: StartSupervisor, mode: str, code: str, attempts: int
 ) -> None:
@@ -160,6 +172,7 @@ def test_cancel(
         assert time.monotonic() - asked > 0.9
 
 
+@on_sqlite
 def test_a_job_that_takes_too_long_fails(
     database: Database, start_supervisor: StartSupervisor
 ) -> None:
@@ -168,25 +181,21 @@ def test_a_job_that_takes_too_long_fails(
     assert _error(_ended(database, job_id))["code"] == "max_duration"
 
 
+@on_sqlite
 def test_earlier_attempts_count_towards_the_limit(
     database: Database, start_supervisor: StartSupervisor
 ) -> None:
     (job_id,) = add_jobs(database, stub={"work_s": 2.0}, resources={"max_duration_s": 60})
+    lease = claim_job(database)
     with database.writing() as session:
-        row = lifecycle.claim(session, Job, owner="w", lease_s=60, gpus=(0, 0))
-        assert row is not None
-        for stay in stays(database, job_id):
-            session.merge(stay).started_at -= 100
-        lifecycle.enter_phase(session, lifecycle.Lease(Job, job_id, 1, "w"), "contrastive")
-        lifecycle.release(session, lifecycle.Lease(Job, job_id, 1, "w"), "")
-        session.flush()
-        for stay in session.scalars(select(lifecycle.JobTransition)):
-            if stay.status == "running":
-                stay.started_at -= 100
+        stay = session.scalars(select(JobTransition).where(JobTransition.status == "running")).one()
+        stay.started_at -= 100
+        lifecycle.release(session, lease, "the worker stops")
     start_supervisor()
     assert _error(_ended(database, job_id))["code"] == "max_duration"
 
 
+@on_sqlite
 def test_a_child_that_has_finished_but_does_not_end_is_killed(
     database: Database, start_supervisor: StartSupervisor
 ) -> None:
@@ -195,6 +204,7 @@ def test_a_child_that_has_finished_but_does_not_end_is_killed(
     assert _ended(database, job_id).status == "succeeded"
 
 
+@on_sqlite
 def test_nothing_of_the_childs_group_is_left(
     settings: Settings, database: Database, start_supervisor: StartSupervisor
 ) -> None:
@@ -205,6 +215,7 @@ def test_nothing_of_the_childs_group_is_left(
     wait_until(lambda: not _alive(int(helper.read_text())))
 
 
+@on_sqlite
 def test_stopping_gives_the_job_back_and_another_worker_goes_on(
     settings: Settings, database: Database, start_supervisor: StartSupervisor
 ) -> None:
@@ -221,6 +232,7 @@ def test_stopping_gives_the_job_back_and_another_worker_goes_on(
     assert _ended(database, job_id).status == "succeeded"
 
 
+@on_sqlite
 def test_stopping_does_not_wait_for_a_child_that_ignores_it(
     settings: Settings, database: Database, start_supervisor: StartSupervisor
 ) -> None:
@@ -233,6 +245,7 @@ def test_stopping_does_not_wait_for_a_child_that_ignores_it(
     assert get_job(database, job_id).status == "queued"
 
 
+@on_sqlite
 def test_a_worker_that_lost_its_lease_kills_the_child_and_writes_nothing(
     settings: Settings, database: Database, start_supervisor: StartSupervisor
 ) -> None:
@@ -247,6 +260,7 @@ def test_a_worker_that_lost_its_lease_kills_the_child_and_writes_nothing(
     assert (job.status, job.owner, job.attempt) == ("running", "another", 2)
 
 
+@on_sqlite
 def test_what_a_job_needs_may_be_gone(
     database: Database, start_supervisor: StartSupervisor
 ) -> None:
@@ -261,6 +275,7 @@ def test_what_a_job_needs_may_be_gone(
     assert _error(_ended(database, without_model))["code"] == "model_gone"
 
 
+@on_sqlite
 def test_a_program_that_does_not_exist(
     database: Database, start_supervisor: StartSupervisor
 ) -> None:
@@ -271,6 +286,7 @@ def test_a_program_that_does_not_exist(
     assert "/no/such/program" in error["message"]
 
 
+@on_sqlite
 def test_slots_and_gpus_bound_what_runs_at_once(
     database: Database, start_supervisor: StartSupervisor
 ) -> None:
@@ -313,6 +329,7 @@ def test_a_data_set_becomes_ready_beside_a_running_job(
     assert data_set(first).store == data_set(second).store
 
 
+@on_sqlite
 def test_an_ingestion_that_fails(
     settings: Settings, database: Database, start_supervisor: StartSupervisor
 ) -> None:
@@ -330,6 +347,7 @@ def test_an_ingestion_that_fails(
     assert error["code"] == "data_error"
 
 
+@on_sqlite
 def test_workers_are_seen(database: Database, start_supervisor: StartSupervisor) -> None:
     supervisor = start_supervisor(slots=4, gpus="0")
 

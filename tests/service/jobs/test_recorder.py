@@ -44,9 +44,17 @@ SAID = _numbered(
 )
 
 
-def _store(database: Database, lease: Lease, events: list[Event]) -> None:
+def _store(
+    database: Database, lease: Lease, events: list[Event], attempt: int | None = None
+) -> None:
     with database.writing() as session:
-        store_events(session, lease, events, checkpoints=f"jobs/{lease.id}/a1/checkpoints")
+        store_events(
+            session,
+            lease,
+            events,
+            checkpoints=f"jobs/{lease.id}/a1/checkpoints",
+            attempt=attempt or lease.attempt,
+        )
 
 
 def test_reading_twice_is_harmless(database: Database) -> None:
@@ -101,6 +109,23 @@ def test_a_later_attempt_overwrites_the_steps_it_repeats(database: Database) -> 
     with database.writing() as session:
         lifecycle.finish(session, again, Ending("succeeded"))
     assert get_job(database, job_id).status == "succeeded"
+
+
+def test_an_earlier_attempt_is_heard_to_its_end(database: Database) -> None:
+    (job_id,) = add_jobs(database)
+    first = claim_job(database)
+    _store(database, first, SAID[:3])
+    with database.writing() as session:
+        lifecycle.release(session, first, "")
+    second = claim_job(database)
+    _store(database, second, SAID, attempt=1)
+    with database.reading() as session:
+        events = session.scalars(select(JobEvent).where(JobEvent.seq.is_not(None))).all()
+        assert len(session.scalars(select(Metric)).all()) == 4
+    assert {event.attempt for event in events} == {1}
+    assert len(events) == 10
+    job = get_job(database, job_id)
+    assert (job.progress, job.phase) == (None, "contrastive")
 
 
 def test_of_an_ingestion_only_progress_is_kept(database: Database) -> None:
