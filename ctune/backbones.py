@@ -166,9 +166,8 @@ def build_encoder(
     source = _resolve(config, encoder_dir)
     size_px = config.image_size_px or int(source.cfg["input_size"][-1])
     source = replace(source, cfg={**source.cfg, "input_size": (3, size_px, size_px)})
-    probe = _probe(source)
-    _check_patches(probe, size_px)
-    source, switched = _settle_pool(source, probe, pool)
+    source, switched = _settle_pool(source, pool)
+    _check_patches(_probe(source), size_px)
     backbone = source.create(**_drop_path_kwargs(source, drop_path))
     if source.weights is not None:
         load_weights(backbone, source.weights, cfg=source.cfg, pooling_switched=switched)
@@ -245,13 +244,14 @@ def _registered(name: str) -> tuple[str, JsonObject]:
     """Return architecture and pretrained_cfg of a timm name with or without a weight tag."""
     architecture, _, tag = name.partition(".")
     _known(architecture)
-    cfg = get_pretrained_cfg(name)
-    if cfg is None and tag:
+    try:
+        cfg = get_pretrained_cfg(name)
+    except RuntimeError as error:
         raise EncoderError(
             f"timm knows no weights {tag!r} of {architecture!r}",
             hint=f"timm.list_pretrained('{architecture}*') lists those it knows",
             code="unknown_weights",
-        )
+        ) from error
     return architecture, asdict(cfg or PretrainedCfg(architecture=architecture))
 
 
@@ -314,23 +314,22 @@ def _probe(source: _Source) -> nn.Module:
         return probe
 
 
-def _settle_pool(source: _Source, probe: nn.Module, pool: Pool) -> tuple[_Source, bool]:
-    """Return the source with its pooling, and whether the caller switched it."""
-    own = getattr(probe, "global_pool", None)
-    is_transformer = isinstance(own, str) and hasattr(probe, "num_prefix_tokens")
+def _settle_pool(source: _Source, pool: Pool) -> tuple[_Source, bool]:
+    """Return the source with its pooling, and whether that is another than it had."""
+    plain = _probe(_Source(*_registered(source.architecture), options={}))
+    own = getattr(plain, "global_pool", None)
+    is_transformer = isinstance(own, str) and hasattr(plain, "num_prefix_tokens")
     if pool == "auto" or not is_transformer:
         return source, False
-    if pool == "cls" and getattr(probe, "cls_token", None) is None:
+    has_class_token = getattr(plain, "cls_token", None) is not None
+    if pool == "cls" and not source.options.get("class_token", has_class_token):
         raise EncoderError(
             f"{source.architecture} has no class token to pool by",
             hint="set pool to 'mean' or 'auto'",
             code="no_class_token",
         )
     wanted = GLOBAL_POOL[pool]
-    source = replace(source, global_pool=wanted)
-    if wanted != own:
-        _probe(source)
-    return source, wanted != own
+    return replace(source, global_pool=wanted), wanted != (source.global_pool or own)
 
 
 def _check_patches(probe: nn.Module, size_px: int) -> None:

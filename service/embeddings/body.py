@@ -100,7 +100,7 @@ def image_bytes(image: str | bytes) -> bytes:
                 "this data URI is not base64; send data:image/png;base64,…", code="invalid_base64"
             )
     try:
-        return base64.b64decode("".join(encoded.split()), validate=True)
+        return base64.b64decode("".join(encoded.splitlines()), validate=True)
     except ValueError as error:
         raise DataError(
             f"{show(image[:40])} is neither a data URI nor base64; only images can be embedded,"
