@@ -43,14 +43,14 @@ def write_subset(cifar: Path, archive: Path, *, train_per_class: int, test_per_c
 
 
 def config(seed: int, epochs: int) -> dict[str, Any]:
-    """Return the run: small preset, a 6-block ViT on 4 px patches from scratch."""
+    """Return the run: small preset, a 4-block ViT (0.8 M parameters, 65 tokens) from scratch."""
     return {
         "encoder": {
             "source": "timm",
             "name": "vit_tiny_patch16_224",
             "pretrained": False,
             "image_size_px": 32,
-            "options": {"patch_size": 4, "depth": 6, "embed_dim": 192, "num_heads": 3},
+            "options": {"patch_size": 4, "depth": 4, "embed_dim": 128, "num_heads": 4},
         },
         "method": {"name": "lacvit", "preset": "small", "contrastive": {"epochs": epochs}},
         "seed": seed,
