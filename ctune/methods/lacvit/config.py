@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from ctune.manifest import DatasetSummary
 from ctune.methods.base_config import MethodConfigBase, Normalization, Pool
-from ctune.methods.linear_probe.config import ProbeConfig
+from ctune.methods.probe_config import ProbeConfig
 from ctune.schema import Fault, Fraction, JsonObject, PositiveFloat, Schema
 
 Jitter = Annotated[float, Field(ge=0, le=10)]

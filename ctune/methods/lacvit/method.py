@@ -24,7 +24,7 @@ from ctune.methods.base import (
 )
 from ctune.methods.lacvit.advice import CollapseWatch, advise, start_warnings
 from ctune.methods.lacvit.config import ContrastiveConfig, LaCViTConfig
-from ctune.methods.linear_probe.method import make_classifier, probe_plan
+from ctune.methods.probe_stage import make_classifier, probe_plan
 from ctune.optim import layer_decay_param_groups, warmup_cosine_decay_lr
 from ctune.samplers import (
     ClassBalancedBatchSampler,
