@@ -43,8 +43,8 @@ class RunImages:
 
     def labels(self, split: Split) -> Indices:
         """Return the labels [N] of a split's images, -1 for none."""
-        labels = self._store.labels(split)
-        return labels[self._used(split)]
+        labels: Indices = self._store.labels(split)[self._used(split)]
+        return labels
 
     def decoded(self, split: Split, size_px: int) -> ImageCache:
         """Return a split's images, decoded at `size_px`; every image is decoded once per size."""

@@ -15,6 +15,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 
 from ctune.events import (
     CheckpointSaved,
@@ -133,7 +135,8 @@ def test_plain_timm_gives_the_same_vectors(
 ) -> None:
     folder = uninterrupted[0].model
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    transform = create_transform(**config, is_training=False)
     packed = PackedStore(store)
     images = [packed.image(int(n)) for n in packed.indices("test")[:4]]
     with torch.no_grad():

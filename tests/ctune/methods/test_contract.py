@@ -99,7 +99,8 @@ class Bench:
         self.encoder.eval()
         pixels = self.cache.batch(np.arange(len(self.cache)))
         with torch.no_grad():
-            return self.encoder(self.encoder.preprocessing.normalise(pixels))
+            features: torch.Tensor = self.encoder(self.encoder.preprocessing.normalise(pixels))
+        return features
 
     def hooks(self, save: Any) -> Hooks:
         return Hooks(
