@@ -183,8 +183,14 @@ def _place(
             tagged = bool(field and field.discriminator)
         elif isinstance(step, int) or get_origin(node) is dict:
             parts.append(step)
-            node, owner = None, None
+            node, owner = _item(node), None
     return parts, owner
+
+
+def _item(container: Any) -> Any:
+    """Return the type of what a list or a mapping holds; none where it does not matter."""
+    kinds = get_args(container)
+    return kinds[-1] if get_origin(container) in (list, dict) else None
 
 
 def _variant(union: Any, tag: str | int) -> Any:

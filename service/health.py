@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import httpx
 from fastapi import APIRouter, Request
 from sqlalchemy import func, select
+from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 
 from ctune.schema import Fault, JsonObject
@@ -84,10 +85,10 @@ def _found(name: str, check: Callable[[], None], good: str) -> Finding:
     except DatabaseSetupError as error:
         return Finding(name, False, str(error))
     except DatabaseUnavailableError:
-        return Finding(name, False, "the database does not answer; start it or wait")
+        return Finding(name, False, "the database does not answer; start it or wait.")
     except OSError as error:
         said = (
-            f"the data directory cannot be written: {error.strerror}; free space or fix its owner"
+            f"the data directory cannot be written: {error.strerror}; free space or fix its owner."
         )
         return Finding(name, False, said)
     return Finding(name, True, good)
@@ -103,13 +104,13 @@ def _workers(database: Database, settings: Settings) -> Finding:
                 select(func.count()).where(WorkerSeen.seen_at > now_s() - limit_s)
             )
     except DatabaseUnavailableError:
-        return Finding("workers", False, "unknown, because the database does not answer")
-    except Exception as error:  # noqa: BLE001 - no tables yet: the database check says what to do
-        return Finding("workers", False, f"unknown: {type(error).__name__}")
+        return Finding("workers", False, "unknown, because the database does not answer.")
+    except DBAPIError:  # no tables yet
+        return Finding("workers", False, "unknown, because the database is not at this version.")
     if silent_s is None:
-        return Finding("workers", False, "no worker was ever seen; start one: `ctune worker`")
+        return Finding("workers", False, "no worker was ever seen; start one: `ctune worker`.")
     if not alive:
-        said = f"no worker was seen for {silent_s:.0f} s; start one: `ctune worker`"
+        said = f"no worker was seen for {silent_s:.0f} s; start one: `ctune worker`."
         return Finding("workers", False, said)
     return Finding("workers", True, f"{alive} seen within {limit_s:.0f} s")
 
@@ -120,7 +121,9 @@ async def _embedding(http: httpx.AsyncClient, settings: Settings) -> Finding:
         answer = await http.get(f"{url}/healthz", timeout=EMBED_TIMEOUT_S)
     except httpx.HTTPError as error:
         said = f"the embedding process at {url} does not answer ({type(error).__name__})"
-        return Finding("embedding", False, f"{said}; start one: `ctune embed-server`")
+        return Finding("embedding", False, f"{said}; start one: `ctune embed-server`.")
     if answer.status_code != 200:
-        return Finding("embedding", False, f"{url}/healthz answers {answer.status_code}")
+        return Finding(
+            "embedding", False, f"{url}/healthz answers {answer.status_code}; look at its log."
+        )
     return Finding("embedding", True, f"answers at {url}")

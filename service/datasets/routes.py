@@ -1,17 +1,18 @@
 """Endpoints of data sets: upload, list, look, delete."""
 
-from fastapi import APIRouter, BackgroundTasks, Request
+from fastapi import APIRouter, Request
 from sqlalchemy import select
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
+from ctune.ingest import IngestOptions
 from ctune.schema import JsonObject
 from service.datasets import service
-from service.datasets.schemas import DatasetOptions, dataset_object
+from service.datasets.schemas import dataset_object
 from service.datasets.upload import keep, receive_upload
 from service.db import Database
-from service.deps import DatabaseDep, ReadSession, SettingsDep, StorageDep, WriteSession
+from service.deps import DatabaseDep, ReadSession, SettingsDep, StorageDep
 from service.pages import PageQuery, list_page
 from service.storage import Storage
 from service.tables import Dataset, new_id
@@ -27,7 +28,7 @@ _FORM = {
         "options": {
             "type": "string",
             "contentMediaType": "application/json",
-            "contentSchema": DatasetOptions.model_json_schema(),
+            "contentSchema": IngestOptions.model_json_schema(),
         },
     },
 }
@@ -81,10 +82,10 @@ def get_dataset(dataset_id: str, session: ReadSession) -> JsonObject:
 
 
 @router.delete("/{dataset_id}")
-def delete_dataset(
-    dataset_id: str, session: WriteSession, storage: StorageDep, background: BackgroundTasks
-) -> JsonObject:
+def delete_dataset(dataset_id: str, database: DatabaseDep, storage: StorageDep) -> JsonObject:
     """Delete a data set and its files; refused while an unfinished job uses it."""
-    for path in service.delete(session, dataset_id, storage):
-        background.add_task(storage.remove, path)
+    with database.writing() as session:
+        files = service.delete(session, dataset_id, storage)
+    for path in files:
+        storage.remove(path)
     return {"id": dataset_id, "object": "dataset", "deleted": True}

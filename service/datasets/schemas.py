@@ -1,12 +1,13 @@
 """What data sets look like on the wire."""
 
 import json
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from ctune.events import finite
-from ctune.schema import Fault, JsonObject, Schema
+from ctune.ingest import IngestOptions
+from ctune.schema import Fault, JsonObject
 from service.faults import body_faults, show, unstorable_faults
 from service.jobs.schemas import seconds
 from service.tables import Dataset
@@ -15,27 +16,20 @@ MAX_NAME = 256
 STATUS = {"queued": "processing", "running": "processing", "ready": "ready"}
 
 
-class DatasetOptions(Schema):
-    """How an archive is read: the JSON in the form field `options`."""
-
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Part of each class that is held out where the archive gives no split."""
-
-
-def parse_options(text: str | None) -> tuple[DatasetOptions, list[Fault]]:
+def parse_options(text: str | None) -> tuple[IngestOptions, list[Fault]]:
     """Return the options in a form field, with everything that is wrong with it."""
     under = ("options",)
     try:
         given: Any = {} if text is None or not text.strip() else json.loads(text)
     except (ValueError, RecursionError) as error:
         detail = f'`options` is not JSON: {error}. Send an object such as {{"test_fraction": 0.2}}.'
-        return DatasetOptions(), [Fault(pointer="/options", code="invalid_json", detail=detail)]
+        return IngestOptions(), [Fault(pointer="/options", code="invalid_json", detail=detail)]
     faults = unstorable_faults(given, under)
     try:
-        options = DatasetOptions.model_validate(given)
+        options = IngestOptions.model_validate(given)
     except ValidationError as error:
-        options = DatasetOptions()
-        faults = body_faults(error.errors(include_url=False), DatasetOptions, under)
+        options = IngestOptions()
+        faults = body_faults(error.errors(include_url=False), IngestOptions, under)
     return options, faults
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from multipart import (  # type: ignore[import-untyped]
+from multipart import (
     MultipartError,
     MultipartSegment,
     ParserLimitReached,
@@ -203,7 +203,7 @@ def _boundary(request: Request) -> str:
     if kind != "multipart/form-data" or not options.get("boundary"):
         raise UnsupportedTypeError(
             f"the body is sent as {sent[:128] or 'no Content-Type'!r}. Send `multipart/form-data`"
-            f" with the archive in the field {FILE_FIELD!r}: curl -F {FILE_FIELD}=@images.zip …"
+            f" with the archive in the field {FILE_FIELD!r}: `curl -F {FILE_FIELD}=@images.zip`."
         )
     return str(options["boundary"])
 

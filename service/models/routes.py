@@ -2,12 +2,12 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, BackgroundTasks, Query
+from fastapi import APIRouter, Query
 from sqlalchemy import select
 from starlette.responses import StreamingResponse
 
 from ctune.schema import Fault, JsonObject
-from service.deps import ReadSession, StorageDep, WriteSession
+from service.deps import DatabaseDep, ReadSession, StorageDep
 from service.errors import InvalidError
 from service.files import zip_response
 from service.models import service
@@ -36,12 +36,11 @@ def get_model(model_id: str, session: ReadSession) -> JsonObject:
 
 
 @router.delete("/{model_id}")
-def delete_model(
-    model_id: str, session: WriteSession, storage: StorageDep, background: BackgroundTasks
-) -> JsonObject:
+def delete_model(model_id: str, database: DatabaseDep, storage: StorageDep) -> JsonObject:
     """Delete a model and its files; refused while an unfinished job starts from it."""
-    service.delete(session, model_id)
-    background.add_task(storage.remove, storage.model(model_id))
+    with database.writing() as session:
+        service.delete(session, model_id)
+    storage.remove(storage.model(model_id))
     return {"id": model_id, "object": "model", "deleted": True}
 
 
