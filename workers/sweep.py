@@ -167,7 +167,7 @@ def _rows(
         found: dict[str, int] = {}
         for names in _chunks(values):
             wanted = select(column, table.attempt).where(column.in_(names), *where)
-            found |= dict(session.execute(wanted))
+            found |= dict(session.execute(wanted).all())
     return found
 
 
