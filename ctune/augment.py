@@ -9,14 +9,18 @@ Shapes: B images, s output side, sizes and boxes always as (height, width) and (
 width) in pixels.
 """
 
-import math
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ctune.core_threads import run_tasks
 from ctune.pixel_ops import (
+    LARGE_VIEW_PX,
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
@@ -25,6 +29,9 @@ from ctune.pixel_ops import (
     resized_crop,
     to_grayscale,
 )
+
+Integers = NDArray[np.int64]
+Reals = NDArray[np.float64]
 
 _CROP_TRIES = 10
 _CHUNK_VALUES = 2**18
@@ -93,14 +100,14 @@ def sample_view_params(config: ViewConfig, sizes: Tensor, generator: torch.Gener
     def uniform(columns: int) -> Tensor:
         return torch.rand(count, columns, generator=generator, dtype=torch.float64)
 
-    boxes = _sample_boxes(config, sizes, uniform(4 * _CROP_TRIES))
+    boxes = _sample_boxes(config, sizes.numpy(), uniform(4 * _CROP_TRIES).numpy())
     chances = uniform(3)
     brightness, contrast, saturation, hue = config.jitter
     low = torch.tensor([max(0.0, 1 - v) for v in (brightness, contrast, saturation)] + [-hue])
     high = torch.tensor([1 + brightness, 1 + contrast, 1 + saturation, hue])
     return ViewParams(
         sizes=sizes,
-        boxes=boxes,
+        boxes=torch.from_numpy(boxes),
         flip=chances[:, 0] < config.flip_prob,
         jitter=chances[:, 1] < config.jitter_prob,
         order=uniform(4).argsort(dim=1),
@@ -109,33 +116,35 @@ def sample_view_params(config: ViewConfig, sizes: Tensor, generator: torch.Gener
     )
 
 
-def _sample_boxes(config: ViewConfig, sizes: Tensor, draws: Tensor) -> Tensor:
-    """Torchvision's rule: the first of ten boxes that fits, else the largest central one."""
+def _sample_boxes(config: ViewConfig, sizes: Integers, draws: Reals) -> Integers:
+    """Torchvision's rule: the first of ten boxes that fits, else the largest central one.
+
+    In numpy: torch spreads exp and sqrt of a few numbers over threads, see `ctune.core_threads`.
+    """
     heights, widths = sizes[:, :1], sizes[:, 1:]
-    area_draw, ratio_draw, top_draw, left_draw = draws.chunk(4, dim=1)
+    area_draw, ratio_draw, top_draw, left_draw = np.split(draws, 4, axis=1)
     low, high = config.scale
     area = heights * widths * (low + (high - low) * area_draw)
-    log_low, log_high = math.log(config.ratio[0]), math.log(config.ratio[1])
-    ratio = (log_low + (log_high - log_low) * ratio_draw).exp()
-    w = (area * ratio).sqrt().round().long()
-    h = (area / ratio).sqrt().round().long()
+    log_low, log_high = np.log(config.ratio)
+    ratio = np.exp(log_low + (log_high - log_low) * ratio_draw)
+    w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
     fits = (w > 0) & (w <= widths) & (h > 0) & (h <= heights)
-    top = (top_draw * (heights - h + 1)).long()
-    left = (left_draw * (widths - w + 1)).long()
-    tries = torch.stack((top, left, h, w), dim=2)
-    first = fits.to(torch.uint8).argmax(dim=1)
-    chosen = tries[torch.arange(len(sizes)), first]
-    return torch.where(fits.any(dim=1, keepdim=True), chosen, _central_boxes(config, sizes))
+    top = (top_draw * (heights - h + 1)).astype(np.int64)
+    left = (left_draw * (widths - w + 1)).astype(np.int64)
+    tries = np.stack((top, left, h, w), axis=2)
+    chosen = tries[np.arange(len(sizes)), fits.argmax(axis=1)]
+    return np.where(fits.any(axis=1, keepdims=True), chosen, _central_boxes(config, sizes))
 
 
-def _central_boxes(config: ViewConfig, sizes: Tensor) -> Tensor:
-    heights, widths = sizes.unbind(1)
+def _central_boxes(config: ViewConfig, sizes: Integers) -> Integers:
+    heights, widths = sizes.T
     narrowest, widest = config.ratio
-    in_ratio = widths.double() / heights
-    h = torch.where(in_ratio < narrowest, (widths / narrowest).round().long(), heights)
-    w = torch.where(in_ratio > widest, (heights * widest).round().long(), widths)
-    h, w = h.clamp(min=1), w.clamp(min=1)
-    return torch.stack(((heights - h) // 2, (widths - w) // 2, h, w), dim=1)
+    in_ratio = widths / heights
+    h = np.where(in_ratio < narrowest, np.rint(widths / narrowest), heights).astype(np.int64)
+    w = np.where(in_ratio > widest, np.rint(heights * widest), widths).astype(np.int64)
+    h, w = np.maximum(h, 1), np.maximum(w, 1)
+    return np.stack(((heights - h) // 2, (widths - w) // 2, h, w), axis=1)
 
 
 def scale_boxes(boxes: Tensor, sizes: Tensor, height_px: int, width_px: int) -> Tensor:
@@ -237,29 +246,40 @@ class ViewPipeline:
         """
         side = self.config.size_px
         out = torch.empty(num_views * len(images), 3, side, side, device=images.device)
-        for part in out.chunk(num_views):
-            self.render(images, sample_view_params(self.config, sizes, generator), out=part)
+        parts = out.chunk(num_views)
+        drawn = [sample_view_params(self.config, sizes, generator) for _ in parts]
+        self._run([t for p, o in zip(drawn, parts, strict=True) for t in self._tasks(images, p, o)])
         return out
 
-    def render(self, images: Tensor, params: ViewParams, *, out: Tensor | None = None) -> Tensor:
-        """Return the views [B, 3, s, s] that `params` describe, written to `out` where given."""
+    def render(self, images: Tensor, params: ViewParams) -> Tensor:
+        """Return the views [B, 3, s, s] that `params` describe."""
         side = self.config.size_px
-        if out is None:
-            out = torch.empty(len(images), 3, side, side, device=images.device)
-        boxes = scale_boxes(params.boxes, params.sizes, images.shape[2], images.shape[3])
-        chunk = max(1, _CHUNK_VALUES // (3 * side * side))
-        step = chunk if images.device.type == "cpu" else max(1, len(images))
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            for start in range(0, len(images), step):
-                rows = slice(start, start + step)
-                self._render(images[rows], boxes[rows], params.select(rows), out=out[rows])
+        out = torch.empty(len(images), 3, side, side, device=images.device)
+        self._run(self._tasks(images, params, out))
         return out
 
+    def _run(self, tasks: list[Callable[[], None]]) -> None:
+        run_tasks(tasks, spread=self.config.size_px >= LARGE_VIEW_PX)
+
+    def _tasks(self, images: Tensor, params: ViewParams, out: Tensor) -> list[Callable[[], None]]:
+        """Return the work in parts: the whole batch on a GPU, chunks of it on the CPU."""
+        boxes = scale_boxes(params.boxes, params.sizes, images.shape[2], images.shape[3])
+        chunk = max(1, _CHUNK_VALUES // out[0].numel()) if len(images) else 1
+        step = chunk if images.device.type == "cpu" else max(1, len(images))
+        return [
+            functools.partial(
+                self._render, images[rows], boxes[rows], params.select(rows), out=out[rows]
+            )
+            for rows in (slice(at, at + step) for at in range(0, len(images), step))
+        ]
+
+    @torch.no_grad()
     def _render(self, images: Tensor, boxes: Tensor, params: ViewParams, *, out: Tensor) -> None:
         config = self.config
-        views = resized_crop(images, boxes, config.size_px, flip=params.flip)
-        views = colour_jitter(views, params, config.jitter)
-        gray = params.grayscale.nonzero()[:, 0].to(views.device, non_blocking=True)
-        if len(gray):
-            views = _apply_to_rows(views, gray, to_grayscale)
-        normalise(views, config.mean, config.std, out=out)
+        with torch.autocast(images.device.type, enabled=False):
+            views = resized_crop(images, boxes, config.size_px, flip=params.flip)
+            views = colour_jitter(views, params, config.jitter)
+            gray = params.grayscale.nonzero()[:, 0].to(views.device, non_blocking=True)
+            if len(gray):
+                views = _apply_to_rows(views, gray, to_grayscale)
+            normalise(views, config.mean, config.std, out=out)

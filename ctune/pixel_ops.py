@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 _GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 _HUE_CENTRES = (0.0, 2.0, -2.0)
 """Hues of red, green and blue in sixths of a turn."""
-_LARGE_VIEW_PX = 64
+LARGE_VIEW_PX = 64
 """Side from which, on the CPU, resizing images one by one beats dense matrix products."""
 
 
@@ -33,7 +33,7 @@ def resized_crop(
     Returns:
         [B, 3, s, s] float32.
     """
-    if images.device.type == "cpu" and size_px >= _LARGE_VIEW_PX:
+    if images.device.type == "cpu" and size_px >= LARGE_VIEW_PX:
         return _resize_each(images, boxes, size_px, flip)
     return _resize_together(images, boxes, size_px, flip)
 
@@ -55,11 +55,12 @@ def _resize_together(images: Tensor, boxes: Tensor, size_px: int, flip: Tensor |
     """Two batched products with per-image weights: exact, and one kernel each on a GPU."""
     count, channels, height, width = images.shape
     boxes = boxes.to(images.device, torch.float32, non_blocking=True)
-    down = _resize_weights(boxes[:, 0], boxes[:, 2], height, size_px)
-    across = _resize_weights(boxes[:, 1], boxes[:, 3], width, size_px)
+    places = torch.arange(size_px, device=images.device)[None] + 0.5
+    down = _resize_weights(places, boxes[:, 0], boxes[:, 2], height)
     if flip is not None:
-        mirrored = flip.to(images.device, non_blocking=True)[:, None, None]
-        across = torch.where(mirrored, across.flip(1), across)
+        mirrored = flip.to(images.device, non_blocking=True)[:, None]
+        places = torch.where(mirrored, size_px - places, places)
+    across = _resize_weights(places, boxes[:, 1], boxes[:, 3], width)
     if images.dtype == torch.uint8:
         down = down.mul_(1 / 255)
     rows = images.float().reshape(count, channels * height, width)
@@ -67,14 +68,18 @@ def _resize_together(images: Tensor, boxes: Tensor, size_px: int, flip: Tensor |
     return torch.matmul(down[:, None], narrow)
 
 
-def _resize_weights(start: Tensor, length: Tensor, source_px: int, size_px: int) -> Tensor:
-    """Return [B, s, source_px]: the antialiasing triangle filter inside [start, start + length)."""
-    scale = (length / size_px)[:, None, None]
-    place = torch.arange(source_px, device=start.device) - start[:, None, None]
-    centre = (torch.arange(size_px, device=start.device) + 0.5)[None, :, None] * scale
-    distance = (place + 0.5 - centre).abs_().div_(scale.clamp(min=1))
-    inside = (place >= 0) & (place < length[:, None, None])
-    weights = (1 - distance).clamp_(min=0).mul_(inside)
+def _resize_weights(places: Tensor, start: Tensor, length: Tensor, source_px: int) -> Tensor:
+    """Return [B, s, source_px]: the antialiasing triangle filter inside [start, start + length).
+
+    `places` are the centres of the output pixels, in output pixels, [B or 1, s].
+    """
+    start, length = start[:, None], length[:, None]
+    scale = length / places.shape[1]
+    source = torch.arange(source_px, device=start.device) - start
+    inside = ((source >= 0) & (source < length)).float()
+    distance = ((source + 0.5)[:, None, :] - (places * scale)[:, :, None]).abs_()
+    weights = distance.div_(-scale.clamp(min=1)[:, :, None]).add_(1).clamp_(min=0)
+    weights.mul_(inside[:, None, :])
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
