@@ -66,11 +66,11 @@ def _members(path: Path, budget: Budget) -> Iterator[Member]:
     if head.startswith(ZIP_MAGIC):
         return zip_members(path, budget)
     if head.startswith(GZIP_MAGIC):
-        return tar_members(path, gunzip, budget)
+        return tar_members(path, gunzip, budget=budget)
     if head.startswith(ZSTD_MAGIC):
-        return tar_members(path, unzstd, budget)
+        return tar_members(path, unzstd, budget=budget)
     if len(head) == HEAD_BYTES and is_tar_header(head):
-        return tar_members(path, plain, budget)
+        return tar_members(path, plain, budget=budget)
     if head.startswith(SPLIT_ZIP_MAGIC):
         raise ArchiveError(
             "the zip is one part of several", hint="make a single file of it", code="multi_disk"

@@ -97,10 +97,10 @@ class Budget:
             ArchiveError: `archive_bomb`, too many bytes or too much from too little.
         """
         self.unpacked_bytes += num_bytes
-        check_size(self.unpacked_bytes, packed_bytes, self.limits)
+        check_size(self.unpacked_bytes, packed_bytes, limits=self.limits)
 
 
-def check_size(unpacked_bytes: int, packed_bytes: int, limits: ArchiveLimits) -> None:
+def check_size(unpacked_bytes: int, packed_bytes: int, *, limits: ArchiveLimits) -> None:
     """Refuse too many unpacked bytes, or too many for so few packed ones.
 
     Raises:

@@ -73,7 +73,7 @@ def is_tar_header(block: bytes) -> bool:
 class _Stream:
     """The unpacked bytes of a tar, counted against the budget."""
 
-    def __init__(self, file: BinaryIO, decompress: Decompress, budget: Budget) -> None:
+    def __init__(self, file: BinaryIO, decompress: Decompress, *, budget: Budget) -> None:
         self._packed = file
         self._unpacked = decompress(file)
         self._budget = budget
@@ -139,7 +139,7 @@ class _Data:
         self._padding = 0
 
 
-def tar_members(path: Path, decompress: Decompress, budget: Budget) -> Iterator[Member]:
+def tar_members(path: Path, decompress: Decompress, *, budget: Budget) -> Iterator[Member]:
     """Yield the files of a tar.
 
     Raises:
@@ -147,7 +147,7 @@ def tar_members(path: Path, decompress: Decompress, budget: Budget) -> Iterator[
             `corrupt_archive`.
     """
     with path.open("rb") as file:
-        stream = _Stream(file, decompress, budget)
+        stream = _Stream(file, decompress, budget=budget)
         for header, name in _headers(stream, budget):
             data = _Data(stream, header.size)
             member_path = safe_path(name, budget.limits)

@@ -84,10 +84,10 @@ def zip_members(path: Path, budget: Budget) -> Iterator[Member]:
     """
     with path.open("rb") as file, path.open("rb") as directory_file:
         directory = _find_directory(file, budget)
-        _check_all(directory_file, directory, budget)
+        _check_all(directory_file, directory, budget=budget)
         position = 0
         packed = _Packed()
-        for entry in _entries(directory_file, directory, budget):
+        for entry in _entries(directory_file, directory, budget=budget):
             position += entry.packed_bytes
             if not entry.is_folder:
                 yield Member(
@@ -95,7 +95,9 @@ def zip_members(path: Path, budget: Budget) -> Iterator[Member]:
                     size_bytes=entry.unpacked_bytes,
                     position_bytes=min(position, directory.offset),
                     problem=_problem(entry),
-                    chunks=_contents(file, entry, directory.base, budget=budget, packed=packed),
+                    chunks=_contents(
+                        file, entry, base=directory.base, budget=budget, packed=packed
+                    ),
                 )
 
 
@@ -147,7 +149,7 @@ def _end64(file: BinaryIO, end: int) -> tuple[int, tuple[int, ...]] | None:
     raise corrupt("its ZIP64 record is missing")
 
 
-def _entries(file: BinaryIO, directory: _Directory, budget: Budget) -> Iterator[_Entry]:
+def _entries(file: BinaryIO, directory: _Directory, *, budget: Budget) -> Iterator[_Entry]:
     file.seek(directory.offset)
     left = directory.num_bytes
     for _ in range(directory.num_entries):
@@ -160,17 +162,17 @@ def _entries(file: BinaryIO, directory: _Directory, budget: Budget) -> Iterator[
         left -= ENTRY.size + sum(lengths)
         if left < 0 or len(variable) < sum(lengths):
             raise corrupt("its central directory is cut off")
-        yield _entry(fields, variable, budget)
+        yield _entry(fields, variable, budget=budget)
     if left:
         raise corrupt("its central directory holds more than it says")
 
 
-def _entry(fields: tuple[int, ...], variable: bytes, budget: Budget) -> _Entry:
+def _entry(fields: tuple[int, ...], variable: bytes, *, budget: Budget) -> _Entry:
     """Check and return one entry of the central directory."""
     _, _, _, flags, method, _, _, crc, packed, unpacked, name_length, extra_length = fields[:12]
     raw_name = variable[:name_length]
     extra = variable[name_length : name_length + extra_length]
-    unpacked, packed, offset = _sizes64(extra, unpacked, packed, fields[16])
+    unpacked, packed, offset = _sizes64(extra, [unpacked, packed, fields[16]])
     name = decode_name(raw_name, "cp437")
     path = safe_path(name, budget.limits)
     mode = stat.S_IFMT(fields[15] >> 16)
@@ -189,11 +191,10 @@ def _entry(fields: tuple[int, ...], variable: bytes, budget: Budget) -> _Entry:
     )
 
 
-def _sizes64(extra: bytes, unpacked: int, packed: int, offset: int) -> tuple[int, int, int]:
-    """Return the three numbers with those taken from the ZIP64 extra field that stand there."""
-    numbers = [unpacked, packed, offset]
+def _sizes64(extra: bytes, numbers: list[int]) -> list[int]:
+    """Return (unpacked size, packed size, offset) with those taken from the ZIP64 extra field that stand there."""
     if IN_ZIP64 not in numbers:
-        return unpacked, packed, offset
+        return numbers
     at = 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
@@ -203,17 +204,17 @@ def _sizes64(extra: bytes, unpacked: int, packed: int, offset: int) -> tuple[int
             )
             numbers = [next(wide, n) if n == IN_ZIP64 else n for n in numbers]
         at += 4 + length
-    return numbers[0], numbers[1], numbers[2]
+    return numbers
 
 
-def _check_all(file: BinaryIO, directory: _Directory, budget: Budget) -> None:
+def _check_all(file: BinaryIO, directory: _Directory, *, budget: Budget) -> None:
     """Go through the directory once: names, kinds, and the sizes it declares."""
     unpacked = 0
-    for entry in _entries(file, directory, budget):
+    for entry in _entries(file, directory, budget=budget):
         budget.count_member()
         if not entry.is_folder:
             unpacked += entry.unpacked_bytes
-            check_size(unpacked, directory.offset, budget.limits)
+            check_size(unpacked, directory.offset, limits=budget.limits)
 
 
 def _problem(entry: _Entry) -> tuple[str, str] | None:
@@ -232,11 +233,11 @@ class _Packed:
 
 
 def _contents(
-    file: BinaryIO, entry: _Entry, base: int, *, budget: Budget, packed: _Packed
+    file: BinaryIO, entry: _Entry, *, base: int, budget: Budget, packed: _Packed
 ) -> Iterator[bytes]:
     """Yield a member's content, checked against the directory's sizes and CRC."""
     try:
-        _, _, chunks = next(stream_unzip(_packed_bytes(file, entry, base, packed=packed)))
+        _, _, chunks = next(stream_unzip(_packed_bytes(file, entry, base=base, packed=packed)))
         for chunk in chunks:
             budget.unpack(len(chunk), packed_bytes=packed.num_bytes)
             yield chunk
@@ -246,7 +247,7 @@ def _contents(
         raise MemberError(f"the file is damaged in the archive: {type(error).__name__}") from error
 
 
-def _packed_bytes(file: BinaryIO, entry: _Entry, base: int, *, packed: _Packed) -> Iterator[bytes]:
+def _packed_bytes(file: BinaryIO, entry: _Entry, *, base: int, packed: _Packed) -> Iterator[bytes]:
     """Yield a local header made from the directory's entry, then the member's packed bytes."""
     file.seek(base + entry.offset)
     local = file.read(LOCAL.size)

@@ -88,7 +88,7 @@ def run_child(body: Body, argv: Sequence[str] | None = None) -> int:
             with run_dir.lock():
                 events = EventWriter(run_dir.events)
                 try:
-                    return _say(events, _last_word(body, run_dir, events, stop))
+                    return _say(events, _last_word(body, run_dir, events=events, stop=stop))
                 finally:
                     events.close()
         except RunInUseError as error:
@@ -107,7 +107,7 @@ def arm_parent_death(parent_pid: int, death_signal: signal.Signals = signal.SIGK
     return os.getppid() == parent_pid
 
 
-def _last_word(body: Body, run_dir: RunDir, events: EventWriter, stop: StopRequest) -> EventBase:
+def _last_word(body: Body, run_dir: RunDir, *, events: EventWriter, stop: StopRequest) -> EventBase:
     """Run the body and turn whatever comes of it into the last event."""
     try:
         stop.check()
@@ -171,7 +171,7 @@ def _seconds(name: str) -> float | None:
 class _Watch:
     """The thread that asks for a stop when the process should end, and enforces it."""
 
-    def __init__(self, run_dir: RunDir, stop: StopRequest, wake_fd: int) -> None:
+    def __init__(self, run_dir: RunDir, stop: StopRequest, *, wake_fd: int) -> None:
         self.stop = stop
         self.wake_fd = wake_fd
         self.lease = run_dir.lease
@@ -252,7 +252,7 @@ def _watch(run_dir: RunDir, stop: StopRequest) -> Iterator[None]:
     exits is killed all the same.
     """
     wake_fd, signal_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    watch = _Watch(run_dir, stop, wake_fd)
+    watch = _Watch(run_dir, stop, wake_fd=wake_fd)
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         del frame

@@ -106,7 +106,7 @@ def decode(
         ImageError: the bytes are no image of a supported kind, are damaged, or break a limit.
     """
     with _opened(data) as image:
-        _check_size(image.size, max_pixels, max_side_px)
+        _check_size(image.size, max_pixels=max_pixels, max_side_px=max_side_px)
         kind = image_format(data)
         if kind == "JPEG" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
             raise ImageError("the JPEG has more scans than an image needs")
@@ -120,7 +120,7 @@ def header_size_px(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tupl
         ImageError: as `decode`, for what the header alone shows.
     """
     with _opened(data) as image:
-        _check_size(image.size, max_pixels, MAX_SIDE_PX)
+        _check_size(image.size, max_pixels=max_pixels, max_side_px=MAX_SIDE_PX)
         return image.size
 
 
@@ -178,7 +178,7 @@ def _quiet_pillow() -> None:
         warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
 
 
-def _check_size(size: tuple[int, int], max_pixels: int, max_side_px: int) -> None:
+def _check_size(size: tuple[int, int], *, max_pixels: int, max_side_px: int) -> None:
     width, height = size
     if width < 1 or height < 1:
         raise ImageError(f"the image has no pixels: {width} x {height}")

@@ -89,17 +89,17 @@ def ingest(
     sha256 = archive_sha256 or _hash_file(archive, stop)
     spool_path = store_dir.absolute().with_name(f".{store_dir.name}.spool")
     with StoreWriter(store_dir) as writer, open_spool(spool_path) as spool:
-        pulse = Pulse(archive.stat().st_size, progress, stop)
-        reading = Reading(writer, spool, limits, pulse=pulse)
+        pulse = Pulse(archive.stat().st_size, stop, say=progress)
+        reading = Reading(writer, spool, limits=limits, pulse=pulse)
         with ThreadPoolExecutor(num_threads(), "decode") as pool:
             reading.read(archive, pool)
         check_readable(spool)
-        layout, split_made, num_unsplit = _decide(spool, reading.metadata_paths, options)
+        layout, split_made, num_unsplit = _decide(spool, reading.metadata_paths, options=options)
         summary = make_summary(spool, split_made)
         report = make_report(
             spool, reading.seen, layout=layout, summary=summary, num_unsplit=num_unsplit
         )
-        _write_rows(writer, spool, summary, pulse)
+        _write_rows(writer, spool, summary=summary, pulse=pulse)
         manifest = Manifest(
             archive_sha256=sha256,
             summary=summary,
@@ -110,7 +110,9 @@ def ingest(
     return manifest
 
 
-def _write_rows(writer: StoreWriter, spool: Spool, summary: DatasetSummary, pulse: Pulse) -> None:
+def _write_rows(
+    writer: StoreWriter, spool: Spool, *, summary: DatasetSummary, pulse: Pulse
+) -> None:
     """Write the index and the rows, in the archive's order."""
     numbers = {name: number for number, name in enumerate(summary.classes)}
     for n, row in enumerate(spool.placed()):
@@ -135,7 +137,7 @@ def _hash_file(path: Path, stop: StopRequest) -> str:
 
 
 def _decide(
-    spool: Spool, metadata_paths: list[str], options: IngestOptions
+    spool: Spool, metadata_paths: list[str], *, options: IngestOptions
 ) -> tuple[str, bool, int]:
     """Give every image label and split; return the layout, whether the split is made, and how
     many images had none although others did."""

@@ -65,7 +65,7 @@ class Pulse:
     """Says how far ingestion is, about once a second, and looks whether it should stop."""
 
     def __init__(
-        self, size_bytes: int, say: Callable[[Progress], None] | None, stop: StopRequest
+        self, size_bytes: int, stop: StopRequest, *, say: Callable[[Progress], None] | None
     ) -> None:
         self._size_bytes = max(size_bytes, 1)
         self._say = say
@@ -74,14 +74,15 @@ class Pulse:
 
     def read(self, num_images: int, position_bytes: int) -> None:
         """Reading the archive has come to a byte of it."""
-        self._beat("read", num_images, 0, READ_FRACTION * position_bytes / self._size_bytes)
+        self._beat("read", num_images, fraction=READ_FRACTION * position_bytes / self._size_bytes)
 
     def wrote(self, num_images: int, total: int) -> None:
         """Writing the index has come to an image."""
         part = num_images / max(total, 1)
-        self._beat("write", num_images, total, READ_FRACTION + (1 - READ_FRACTION) * part)
+        fraction = READ_FRACTION + (1 - READ_FRACTION) * part
+        self._beat("write", num_images, total_steps=total, fraction=fraction)
 
-    def _beat(self, stage: str, step: int, total_steps: int, fraction: float) -> None:
+    def _beat(self, stage: str, step: int, *, fraction: float, total_steps: int = 0) -> None:
         self._stop.check()
         now = time.monotonic()
         if self._say is None or now - self._said < PROGRESS_S:
@@ -146,7 +147,7 @@ class Reading:
     """One pass over the archive."""
 
     def __init__(
-        self, writer: StoreWriter, spool: Spool, limits: IngestLimits, *, pulse: Pulse
+        self, writer: StoreWriter, spool: Spool, *, limits: IngestLimits, pulse: Pulse
     ) -> None:
         self.seen = Seen()
         self.metadata_paths: list[str] = []
@@ -176,7 +177,7 @@ class Reading:
         if kind == "junk":
             self.seen.num_junk += 1
         elif member.problem is not None:
-            self._leave_out(member.path, *member.problem, is_image=kind == "image")
+            self._leave_out(member.path, member.problem, is_image=kind == "image")
         elif kind == "metadata":
             self._take_metadata(member)
         elif kind == "sidecar":
@@ -203,7 +204,7 @@ class Reading:
         try:
             content = member.read(MAX_SIDECAR_BYTES)
         except MemberError as error:
-            self._leave_out(member.path, error.error_code, error.message, is_image=False)
+            self._leave_out(member.path, (error.error_code, error.message), is_image=False)
             return
         if self._add_name(member.path, hashlib.sha256(content).digest()):
             self._spool.add_sidecar(member.path, content)
@@ -215,7 +216,7 @@ class Reading:
             if not promised and not _is_image(head):
                 if is_archive(head):
                     detail = "an archive inside the archive"
-                    self._leave_out(member.path, "nested_archive", detail, is_image=False)
+                    self._leave_out(member.path, ("nested_archive", detail), is_image=False)
                 else:
                     self.seen.note_other(member.path)
                 return
@@ -223,7 +224,7 @@ class Reading:
             data = member.read(self._limits.max_image_bytes)
         except MemberError as error:
             self._add_name(member.path, None)
-            self._leave_out(member.path, error.error_code, error.message, is_image=True)
+            self._leave_out(member.path, (error.error_code, error.message), is_image=True)
             return
         sha256 = hashlib.sha256(data).digest()
         if self._add_name(member.path, sha256):
@@ -252,19 +253,20 @@ class Reading:
             looked = item.looked.result()
             if looked.fault is not None:
                 fault = looked.fault
-                self._leave_out(item.path, fault.error_code, fault.message, is_image=True)
+                self._leave_out(item.path, (fault.error_code, fault.message), is_image=True)
                 return
             for kind in looked.conversions:
                 self.seen.conversions[kind] += 1
                 self.seen.examples.setdefault(f"converted_{kind}", item.path)
             offset = self._writer.put(item.data)
             content = self._spool.add_content(
-                item.sha256, offset, len(item.data), size_px=looked.size_px
+                item.sha256, offset=offset, length=len(item.data), size_px=looked.size_px
             )
         self._spool.add_image(item.path, content)
 
-    def _leave_out(self, path: str, code: str, detail: str, *, is_image: bool) -> None:
-        self._spool.add_unreadable(path, code, detail)
+    def _leave_out(self, path: str, fault: tuple[str, str], *, is_image: bool) -> None:
+        code, detail = fault
+        self._spool.add_unreadable(path, code, detail=detail)
         if is_image:
             self._spool.add_image(path, None)
 

@@ -132,7 +132,7 @@ def make_report(
     unreadable = spool.rows("SELECT path, code, detail FROM unreadable LIMIT ?", MAX_LISTED)
     warnings = [
         *_label_warnings(spool, summary),
-        *_split_warnings(spool, summary, num_unsplit),
+        *_split_warnings(spool, summary, num_unsplit=num_unsplit),
         *_file_warnings(spool, seen),
     ]
     return ValidationReport(
@@ -173,7 +173,7 @@ def _label_warnings(spool: Spool, summary: DatasetSummary) -> list[FileIssue]:
     return warnings
 
 
-def _split_warnings(spool: Spool, summary: DatasetSummary, num_unsplit: int) -> list[FileIssue]:
+def _split_warnings(spool: Spool, summary: DatasetSummary, *, num_unsplit: int) -> list[FileIssue]:
     warnings = []
     for (path,) in spool.rows(LEAKED.format(what="i.path") + " LIMIT ?", MAX_EXAMPLES):
         detail = "a held-out image whose bytes are also in the training split"

@@ -64,7 +64,7 @@ def read_metadata(path: str, chunks: Iterable[bytes]) -> Iterator[MetadataRow]:
             rows = _csv_rows(text) if path.lower().endswith(".csv") else _json_rows(text)
             for line, row in rows:
                 try:
-                    yield _metadata_row(path, line, row)
+                    yield _metadata_row(path, line, row=row)
                 except _RowError as error:
                     faults.append(f"row {line}: {error}")
                     if len(faults) == MAX_FAULTS:
@@ -172,7 +172,7 @@ def _json_object(text: str) -> JsonObject:
     return row
 
 
-def _metadata_row(path: str, line: int, row: JsonObject) -> MetadataRow:
+def _metadata_row(path: str, line: int, *, row: JsonObject) -> MetadataRow:
     name = row.pop("file_name", None)
     if not isinstance(name, str) or not name:
         raise _RowError("no file_name")

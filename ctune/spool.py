@@ -132,7 +132,7 @@ class Spool:
         return found[0] if found else None
 
     def add_content(
-        self, sha256: bytes, offset: int, length: int, *, size_px: tuple[int, int]
+        self, sha256: bytes, *, offset: int, length: int, size_px: tuple[int, int]
     ) -> int:
         """Note a new content and return its number."""
         values = (sha256, offset, length, *size_px)
@@ -151,7 +151,7 @@ class Spool:
         )
         self.num_images += content is not None
 
-    def add_unreadable(self, path: str, code: str, detail: str) -> None:
+    def add_unreadable(self, path: str, code: str, *, detail: str) -> None:
         """Note a file that is left out, and why."""
         self._database.execute("INSERT INTO unreadable VALUES (?, ?, ?)", (path, code, detail))
 
