@@ -7,6 +7,7 @@ one it is the supervisor alone. Either way the supervisor works while the broker
 """
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -61,8 +62,9 @@ def make_worker(settings: Settings, supervisor: Supervisor) -> Celery:
 
 
 def run_celery(settings: Settings, supervisor: Supervisor) -> None:
-    """Run a Celery worker until it is told to stop."""
-    arguments = ["worker", "--loglevel=INFO", f"--queues={QUEUE}", f"--hostname={supervisor.name}"]
+    """Run a Celery worker until it is told to stop, or its supervisor breaks."""
+    supervisor.on_broken = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    arguments = ["worker", "--loglevel=INFO", f"--queues={QUEUE}"]
     quiet = ["--without-mingle", "--without-gossip", "--without-heartbeat"]
     make_worker(settings, supervisor).worker_main([*arguments, *quiet])
 

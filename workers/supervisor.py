@@ -6,6 +6,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 from ctune import __version__
 from service.db import Database, DatabaseUnavailableError, now_s
@@ -48,6 +49,8 @@ class Supervisor:
         self._sweeper = Sweeper(self._context, Announcer(settings), wake=self.wake)
         self.broken = False
         """It ended by an error of its own; the process should end as well."""
+        self.on_broken: Callable[[], None] = lambda: None
+        """Called in that case."""
 
     def start(self) -> None:
         """Begin in a thread of its own."""
@@ -85,6 +88,8 @@ class Supervisor:
             self._stop_attempts()
             self._sweeper.stop(STOP_MARGIN_S)
             self._say_goodbye()
+            if self.broken:
+                self.on_broken()
 
     def _round(self) -> None:
         """Do what is due: forget what has ended, say that we live, pass on cancels, take work."""

@@ -119,3 +119,24 @@ def wait_until(holds: Callable[[], object], timeout_s: float = 20.0) -> None:
     while not holds():
         assert time.monotonic() < until, "it did not happen in time"
         time.sleep(0.02)
+
+
+def job_ended(database: Database, job_id: str) -> Job:
+    """Wait for the end of a job and return it."""
+    wait_until(lambda: get_job(database, job_id).status in lifecycle.TERMINAL)
+    return get_job(database, job_id)
+
+
+def job_running(database: Database, settings: Settings, job_id: str, mark: str) -> Path:
+    """Wait until a job's child has left a mark in its run directory, and return that directory."""
+    run = Storage(settings.data_dir).job_run(job_id, 1).root
+    wait_until((run / mark).exists)
+    assert get_job(database, job_id).status == "running"
+    return run
+
+
+def job_error(job: Job) -> dict[str, Any]:
+    """Return the error of a job that must have failed."""
+    assert job.status == "failed", job.error
+    assert job.error is not None
+    return job.error
