@@ -90,6 +90,7 @@ def zip_members(path: Path, budget: Budget) -> Iterator[Member]:
         for entry in _entries(directory_file, directory, budget=budget):
             position += entry.packed_bytes
             if not entry.is_folder:
+                chunks = _contents(file, entry, base=directory.base, budget=budget, packed=packed)
                 yield Member(
                     path=entry.path,
                     size_bytes=entry.unpacked_bytes,
@@ -192,7 +193,7 @@ def _entry(fields: tuple[int, ...], variable: bytes, *, budget: Budget) -> _Entr
 
 
 def _sizes64(extra: bytes, numbers: list[int]) -> list[int]:
-    """Return (unpacked size, packed size, offset) with those taken from the ZIP64 extra field that stand there."""
+    """Return unpacked size, packed size and offset, from the ZIP64 field where they are there."""
     if IN_ZIP64 not in numbers:
         return numbers
     at = 0
