@@ -96,9 +96,7 @@ def zip_members(path: Path, budget: Budget) -> Iterator[Member]:
                     size_bytes=entry.unpacked_bytes,
                     position_bytes=min(position, directory.offset),
                     problem=_problem(entry),
-                    chunks=_contents(
-                        file, entry, base=directory.base, budget=budget, packed=packed
-                    ),
+                    chunks=chunks,
                 )
 
 
