@@ -62,7 +62,7 @@ def upload(client: Client, digits: list[Digit]) -> str:
     with console.status(f"{made['id']}: the service decodes every image"):
         dataset = client.datasets.wait(made["id"])
     summary, report = dataset["summary"], dataset["report"]
-    splits = ", ".join(f"{count} {split}" for split, count in summary["splits"].items() if count)
+    splits = ", ".join(f"{count} {split}" for split, count in summary["splits"].items())
     console.print(
         f"[bold]data set[/bold] {dataset['id']}: {summary['num_images']} images,"
         f" {len(summary['classes'])} classes; split {summary['split_origin']}: {splits};"
@@ -73,6 +73,8 @@ def upload(client: Client, digits: list[Digit]) -> str:
 
 def job_on(dataset: str, epochs: int) -> JsonObject:
     """Return the body of POST /jobs: LaCViT on a small ViT that starts from random weights."""
+    plain = {"color_jitter_prob": 0.0, "grayscale_prob": 0.0}  # the digits have no colour
+    stage = {"epochs": epochs, "lr": 1e-3, "crop_scale_min": 0.6, **plain}
     return {
         "dataset": dataset,
         "name": "digits",
@@ -81,9 +83,9 @@ def job_on(dataset: str, epochs: int) -> JsonObject:
             "name": "vit_tiny_patch16_224",
             "pretrained": False,
             "image_size_px": SIDE_PX,
-            "options": {"patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3},
+            "options": {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4},
         },
-        "method": {"name": "lacvit", "preset": "small", "contrastive": {"epochs": epochs}},
+        "method": {"name": "lacvit", "preset": "small", "contrastive": stage},
         "resources": {"gpus": 0},
     }
 
@@ -91,18 +93,18 @@ def job_on(dataset: str, epochs: int) -> JsonObject:
 def follow(client: Client, job: str) -> JsonObject:
     """Show the job's progress until it has succeeded, and return it."""
     told_as = TextColumn("{task.description:<12} {task.fields[told]}")
+    console.print(f"[bold]job[/bold] {job}")
     with Progress(BarColumn(), TimeElapsedColumn(), told_as, console=console) as bar:
         task = bar.add_task("queued", total=1.0, told="")
         for event in client.jobs.watch(job):
             told = event.data.get("data") or {}
             if event.kind == "progress":
-                left = told.get("seconds_remaining")
-                text = f"step {told['step']}/{told['total_steps']}"
-                text += f", {left:.0f} s left" if left is not None else ""
+                text = f"step {told['step']}/{told['total_steps']}, about "
+                text += f"{told['seconds_remaining'] or 0:.0f} s left"
                 bar.update(task, description=told["stage"], completed=told["fraction"], told=text)
             elif event.kind == "warning":
                 bar.console.print(f"warning: {event.data['message']}", markup=False)
-        bar.update(task, description="done", completed=1.0, told="")
+        bar.update(task, completed=1.0, told="done")
     return client.jobs.wait(job)
 
 
@@ -118,8 +120,7 @@ def show_gain(comparison: list[JsonObject]) -> None:
 
 def show_neighbours(client: Client, model: str, known: list[Digit], new: list[Digit]) -> None:
     """Embed all images and print the nearest uploaded ones of each new one."""
-    with console.status("embedding"):
-        vectors = client.embed(model, [png for _, png in [*new, *known]])
+    vectors = client.embed(model, [png for _, png in [*new, *known]])
     cosines = vectors[: len(new)] @ vectors[len(new) :].T  # of unit length each
     for (label, _), row in zip(new, cosines, strict=True):
         nearest = np.argsort(-row)[:NEIGHBOURS]
@@ -138,7 +139,6 @@ def main() -> None:
     with Client(given.url) as client:
         dataset = upload(client, known)
         created = client.jobs.create(job_on(dataset, given.epochs))
-        console.print(f"[bold]job[/bold] {created['id']}")
         job = follow(client, created["id"])
         show_gain(client.jobs.report(job["id"])["comparison"])
         model = job["result"]["model"]
