@@ -3,6 +3,7 @@
 ApiError                     status  code
 ├── InvalidError             422     invalid_request; one fault per wrong place, all at once
 ├── BadRequestError          400     bad_request
+├── ForbiddenError           403     forbidden
 ├── NotFoundError            404     not_found
 ├── ConflictError            409     conflict; says that a retry is useless
 ├── TooLargeError            413     too_large
@@ -97,6 +98,12 @@ class BadRequestError(ApiError):
     """The request cannot be read."""
 
     status, code = 400, "bad_request"
+
+
+class ForbiddenError(ApiError):
+    """This client may not do this."""
+
+    status, code = 403, "forbidden"
 
 
 class NotFoundError(ApiError):

@@ -28,6 +28,7 @@ CODES = {
 }
 MAX_FAULTS = 100
 MAX_SHOWN = 80
+MAX_DEPTH = 64
 
 
 def escape(part: str | int) -> str:
@@ -98,7 +99,9 @@ def unstorable_faults(body: Any, under: Sequence[str] = ()) -> list[Fault]:
 
 
 def _unstorable(value: Any, parts: list[str | int]) -> Iterator[tuple[list[str | int], str]]:
-    if isinstance(value, float) and not math.isfinite(value):
+    if len(parts) > MAX_DEPTH:
+        yield parts, f"more than {MAX_DEPTH} levels"
+    elif isinstance(value, float) and not math.isfinite(value):
         yield parts, f"{value}, which JSON does not have"
     elif isinstance(value, str) and "\0" in value:
         yield parts, "a NUL character"

@@ -116,7 +116,7 @@ def _workers(database: Database, settings: Settings) -> Finding:
 
 
 async def _embedding(http: httpx.AsyncClient, settings: Settings) -> Finding:
-    url = settings.embed_url
+    url = settings.embed_url.rstrip("/")
     try:
         answer = await http.get(f"{url}/healthz", timeout=EMBED_TIMEOUT_S)
     except httpx.HTTPError as error:

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import (
     ApiError,
     BadRequestError,
+    ForbiddenError,
     TooLargeError,
     internal_error,
     problem_response,
@@ -26,9 +27,10 @@ _log = logging.getLogger("ctune.api")
 class RequestGuard:
     """Outermost middleware; see the module.
 
-    Only requests whose `Host` is one of `names` are answered: without keys, a web page that
-    resolves its own name to this machine could otherwise use the service. Bodies above
-    `MAX_JSON_BYTES` are refused but on the paths of `streaming`, which limit them by themselves.
+    Only requests whose `Host` (and `Origin`, from a browser) is one of `names` are answered:
+    without keys, any web page that a user of this machine opens could otherwise use the service.
+    Bodies above `MAX_JSON_BYTES` are refused but on the paths of `streaming`, which limit them by
+    themselves.
     """
 
     def __init__(self, app: ASGIApp, *, names: Iterable[str], streaming: Iterable[str]) -> None:
@@ -62,12 +64,18 @@ class RequestGuard:
 
     def _refuse(self, scope: Scope, headers: Headers) -> ApiError | None:
         host = headers.get("host", "")
-        name = re.sub(r":\d*$", "", host).lower()
-        if name not in self._names:
+        if _name(host) not in self._names:
             return BadRequestError(
                 f"the Host header {host[:128]!r} is not a name of this service."
                 f" Use one of: {', '.join(sorted(self._names))}.",
                 code="invalid_host",
+            )
+        origin = headers.get("origin")
+        if origin is not None and _name(origin.partition("://")[2]) not in self._names:
+            return ForbiddenError(
+                f"a web page of {origin[:128]!r} may not use this service: it has no keys that"
+                " would tell pages from people. Call it from a program.",
+                code="foreign_origin",
             )
         length = headers.get("content-length", "0")
         over = not length.isdecimal() or int(length) > MAX_JSON_BYTES
@@ -89,6 +97,10 @@ class _Stamped:
             self.started = True
             MutableHeaders(scope=message)["x-request-id"] = self._request_id
         await self._send(message)
+
+
+def _name(host: str) -> str:
+    return re.sub(r":\d*$", "", host).lower()
 
 
 def _request_id(headers: Headers) -> str:

@@ -36,7 +36,7 @@ async def classify(request: Request) -> Response:
 
 async def _forward(request: Request) -> Response:
     http: httpx.AsyncClient = request.app.state.http
-    url = request.app.state.settings.embed_url
+    url = request.app.state.settings.embed_url.rstrip("/")
     headers = {name: request.headers[name] for name in ASKED if name in request.headers}
     headers["x-request-id"] = request.state.request_id
     outgoing = http.build_request(

@@ -16,23 +16,30 @@ from service.tables import Metric
 ROWS_PER_LOOK = 5_000
 
 
-class Wanted(NamedTuple):
-    """Which points are asked for."""
+class Filters(NamedTuple):
+    """Which points of a job are asked for; None: all."""
 
-    job_id: str
     name: str | None = None
     stage: str | None = None
     after_step: int | None = None
 
+
+class Wanted(NamedTuple):
+    """Points of one job."""
+
+    job_id: str
+    filters: Filters
+
     def where(self) -> list[ColumnElement[bool]]:
         """Return the conditions on `Metric`."""
+        name, stage, after_step = self.filters
         found = [Metric.job_id == self.job_id]
-        if self.stage is not None:
-            found.append(Metric.stage == self.stage)
-        if self.name is not None:
-            found.append(Metric.name == self.name)
-        if self.after_step is not None:
-            found.append(Metric.step > self.after_step)
+        if stage is not None:
+            found.append(Metric.stage == stage)
+        if name is not None:
+            found.append(Metric.name == name)
+        if after_step is not None:
+            found.append(Metric.step > after_step)
         return found
 
 
@@ -47,7 +54,7 @@ def columns(session: Session, wanted: Wanted, max_points: int) -> list[JsonObjec
     for stage, name, count, last_step in session.execute(
         series.order_by(Metric.stage, Metric.name)
     ):
-        one = wanted._replace(stage=stage, name=name)
+        one = Wanted(wanted.job_id, wanted.filters._replace(stage=stage, name=name))
         rows = select(Metric.step, Metric.value).where(*one.where()).order_by(Metric.step)
         with session.execute(rows.execution_options(yield_per=ROWS_PER_LOOK)) as points:
             kept = thin(((step, value) for step, value in points), count, max_points)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Body, Depends, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -66,15 +66,21 @@ def cancel_job(job_id: str, session: WriteSession) -> JsonObject:
     return _whole(session, service.cancel(session, job_id))
 
 
+def _metric_filters(
+    name: Text | None = None,
+    stage: Text | None = None,
+    after_step: Annotated[int | None, Query(ge=-1, lt=2**63)] = None,
+) -> metrics.Filters:
+    return metrics.Filters(name, stage, after_step)
+
+
 @router.get("/{job_id}/metrics", response_model=None)
 def get_metrics(
     job_id: str,
     session: ReadSession,
     database: DatabaseDep,
     request: Request,
-    name: Text | None = None,
-    stage: Text | None = None,
-    after_step: Annotated[int | None, Query(ge=-1, lt=2**63)] = None,
+    filters: Annotated[metrics.Filters, Depends(_metric_filters)],
     max_points: Annotated[int, Query(ge=4, le=100_000, description="points per series")] = 1000,
 ) -> JsonObject | StreamingResponse:
     """Return the series in columns, thinned so that lowest and highest values stay.
@@ -82,7 +88,7 @@ def get_metrics(
     With `Accept: application/x-ndjson` every point, one per line.
     """
     job = service.get(session, job_id)
-    wanted = metrics.Wanted(job.id, name, stage, after_step)
+    wanted = metrics.Wanted(job.id, filters)
     if accepts(request, NDJSON):
         return StreamingResponse(metrics.lines(database, wanted), media_type=NDJSON)
     series = metrics.columns(session, wanted, max_points)

@@ -89,6 +89,16 @@ def test_names_of_this_host_are_taken(sqlite_api: Api, host: str) -> None:
     assert sqlite_api.client.get("/jobs", headers={"host": host}).status_code == 200
 
 
+def test_pages_of_other_sites_are_refused(sqlite_api: Api) -> None:
+    for origin in ("https://evil.example", "null", "http://localhost.evil.example", ""):
+        files = {"file": ("a.zip", b"x")}
+        answer = sqlite_api.client.post("/datasets", files=files, headers={"origin": origin})
+        assert problem(answer, 403)["error"]["code"] == "foreign_origin"
+    for origin in ("http://localhost:8000", "http://127.0.0.1:3", "http://[::1]"):
+        answer = sqlite_api.client.get("/jobs", headers={"origin": origin})
+        assert answer.status_code == 200
+
+
 @pytest.mark.parametrize(
     "path", ["/", "/job", "/jobs/", "/jobs/a/b/c", "/datasets/../../etc", "/%00"]
 )
