@@ -70,6 +70,8 @@ class Attempt:
         self.work.prepare()
         for attempt, run_dir in self.work.earlier():
             self._catch_up(attempt, run_dir)
+        if self._lost:
+            return Outcome(Action.RELEASE, "lease lost")
         self._write_lease()
         self._child = ChildProcess(self.work.command, self.work.run_dir, self._environment())
         while not self._child.wait(self._settings.poll_s) and not self._lost:
@@ -124,7 +126,6 @@ class Attempt:
         self._offset = offset
         self._lost = beat is Beat.LOST
         if not self._lost:
-            self._beaten = now
             self._write_lease()
         if beat is Beat.CANCEL:
             self._reason = StopReason.CANCEL
@@ -133,11 +134,14 @@ class Attempt:
 
     def _store(self, events: list[Event], run_dir: RunDir, attempt: int) -> Beat:
         """Renew the lease and store events, in one transaction."""
+        now = time.monotonic()  # before the statement: the lease ends no earlier than we think
         folder = self._context.storage.relative(run_dir.checkpoints)
         with self._context.database.writing() as session:
             beat = lifecycle.beat(session, self.work.lease, self._settings.lease_s)
             if beat is not Beat.LOST:
                 store_events(session, self.work.lease, events, checkpoints=folder, attempt=attempt)
+        if beat is not Beat.LOST:
+            self._beaten = now
         return beat
 
     def _listen(self, events: list[Event], broken: str) -> None:
