@@ -67,7 +67,7 @@ def job_summary(job: Job) -> JsonObject:
         "object": "job",
         "name": job.name,
         "status": job.status,
-        "phase": job.phase,
+        "phase": _phase(job),
         "dataset": job.dataset_id,
         "priority": job.priority,
         "attempt": job.attempt,
@@ -125,10 +125,15 @@ def checkpoint_object(checkpoint: Checkpoint) -> JsonObject:
     }
 
 
+def _phase(row: Job | JobTransition) -> str | None:
+    """Return what a running job does; where it ended badly, its error says in which phase."""
+    return row.phase if row.status == "running" else None
+
+
 def _transition(transition: JobTransition) -> JsonObject:
     return {
         "status": transition.status,
-        "phase": transition.phase,
+        "phase": _phase(transition),
         "attempt": transition.attempt,
         "started_at": seconds(transition.started_at),
         "ended_at": seconds(transition.ended_at),

@@ -82,7 +82,7 @@ def look(database: Database, job_id: str, after: int) -> Look | None:
         "object": "job.event",
         "job": job_id,
         "status": job.status,
-        "phase": job.phase,
+        "phase": job.phase if job.status == "running" else None,
         "finished_at": seconds(job.finished_at),
         "model": job.model_id,
         "error": finite(job.error),

@@ -36,6 +36,7 @@ def test_a_job_on_its_way(api: Api) -> None:
     shown = api.client.get(f"/jobs/{job}").json()
     assert shown["status"] == "succeeded" and isinstance(shown["finished_at"], int)
     assert shown["result"]["model"] == "mdl_1" and shown["error"] is None
+    assert shown["phase"] is None and shown["transitions"][-1]["phase"] is None
 
 
 def test_lists_filter(api: Api) -> None:
