@@ -5,7 +5,8 @@ documentation recommends; `memory`: the decoded images are in memory, `files`: e
 decoded from its JPEG each time. `ctune` is the decoded cache, a prefetching thread and batched
 views, with as many threads as cores; its cache is built once, in the time told below the table.
 
-The sides alternate within one process, so that a busy machine slows both; medians are printed.
+The sides alternate within one process, so that a busy machine slows both; medians are printed. The
+processor time per image, workers included, says the same on a machine that others use meanwhile.
 
     OMP_NUM_THREADS=2 python -m bench.input_pipeline
     python -m bench.input_pipeline --sizes 224 --data path/to/images --device cuda
@@ -121,8 +122,8 @@ def read_folder(folder: Path, count: int) -> list[bytes]:
     return [path.read_bytes() for path in paths]
 
 
-def torchvision_batches(load: Callable[[int], Tensor], count: int, s: Setting) -> Iterator[float]:
-    """Yield images per second of one round of batches after another; workers live on."""
+def torchvision_batches(load: Callable[[int], Tensor], count: int, s: Setting) -> Iterator[None]:
+    """Do one round of batches after another; workers live on."""
     views = TwoViews(load, count, s.size_px)
     order = torch.randint(0, count, (s.batches * s.batch_size,)).tolist()
     loader = DataLoader(
@@ -134,15 +135,13 @@ def torchvision_batches(load: Callable[[int], Tensor], count: int, s: Setting) -
         pin_memory=s.device.type == "cuda",
     )
     while True:
-        start = time.perf_counter()
         for first, second in loader:
             torch.cat((first, second)).to(s.device, non_blocking=True)
-        synchronise(s.device)
-        yield s.batches * s.batch_size / (time.perf_counter() - start)
+        yield
 
 
-def ctune_batches(cache: ImageCache, s: Setting) -> Iterator[float]:
-    """Yield images per second of one round of batches after another."""
+def ctune_batches(cache: ImageCache, s: Setting) -> Iterator[None]:
+    """Do one round of batches after another."""
     config = ViewConfig(
         size_px=s.size_px,
         jitter=JITTER,
@@ -159,18 +158,34 @@ def ctune_batches(cache: ImageCache, s: Setting) -> Iterator[float]:
         return images, cache.sizes(positions)
 
     while True:
-        start = time.perf_counter()
         with prefetch(list(order), fetch) as fetched:
             for images, sizes in fetched:
                 pipeline.views(images, sizes, generator, num_views=2)
-        synchronise(s.device)
-        yield s.batches * s.batch_size / (time.perf_counter() - start)
+        yield
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU to finish."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def timed_round(rounds: Iterator[None], s: Setting) -> tuple[float, float]:
+    """Do a round; return images per second and processor milliseconds per image."""
+    cpu_start, start = processor_s(), time.perf_counter()
+    next(rounds)
+    if s.device.type == "cuda":
+        torch.cuda.synchronize(s.device)
+    elapsed_s, used_s = time.perf_counter() - start, processor_s() - cpu_start
+    images = s.batches * s.batch_size
+    return images / elapsed_s, 1000 * used_s / images
+
+
+def processor_s() -> float:
+    """Return the processor time of this process and of its living children."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[1]) == os.getpid():
+            ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def measure(encoded: list[bytes], s: Setting) -> None:
@@ -192,20 +207,30 @@ def measure(encoded: list[bytes], s: Setting) -> None:
                 lambda n: F.pil_to_tensor(store.image(n)), len(store), s
             ),
         }
-        speeds: dict[str, list[float]] = {name: [] for name in sides}
+        results: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
         for round_number in range(s.rounds + 1):
             for name, rounds in sides.items():
-                speed = next(rounds)
+                result = timed_round(rounds, s)
                 if round_number:  # the first warms up
-                    speeds[name].append(speed)
-    ours = statistics.median(speeds["ctune"])
-    for name, values in speeds.items():
-        median = statistics.median(values)
-        print(
-            f"| {s.size_px:>4} | {s.device.type:<4} | {name:<18} | {median:>9.0f} |"
-            f" {min(values):>7.0f}-{max(values):<7.0f} | {ours / median:>6.2f} |"
-        )
+                    results[name].append(result)
+    print_rows(results, s)
     print(f"  cache of {len(store)} images at {side} px built in {build_s:.2f} s")
+
+
+def print_rows(results: dict[str, list[tuple[float, float]]], s: Setting) -> None:
+    """Print medians and how many times faster, and cheaper, ctune is."""
+    medians = {
+        name: tuple(statistics.median(column) for column in zip(*values, strict=True))
+        for name, values in results.items()
+    }
+    our_speed, our_cost = medians["ctune"]
+    for name, (speed, cost) in medians.items():
+        speeds = [speed for speed, _ in results[name]]
+        print(
+            f"| {s.size_px:>4} | {s.device.type:<4} | {name:<18} | {speed:>8.0f} |"
+            f" {min(speeds):>6.0f} - {max(speeds):<6.0f} | {our_speed / speed:>6.2f} |"
+            f" {cost:>12.3f} | {cost / our_cost:>7.2f} |"
+        )
 
 
 def describe_machine(threads: int) -> str:
@@ -242,7 +267,10 @@ def main() -> None:
     workers = len(os.sched_getaffinity(0))
     found = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     print(describe_machine(torch.get_num_threads()))
-    print("|   px | on   | pipeline           |  images/s |     min-max     | ctune x |")
+    print(
+        "|   px | on   | pipeline           | images/s |    min - max    | faster |"
+        " CPU ms/image | cheaper |"
+    )
     for size_px in args.sizes:
         width, height = FILE_SIZE_PX.get(size_px, (2 * size_px, 3 * size_px // 2))
         if args.data:
