@@ -13,6 +13,7 @@ from ctune.data import ImageCache, prefetch, working_size_px
 from ctune.errors import CtuneError
 from ctune.manifest import DatasetSummary, Split
 from ctune.preprocess import Preprocessing
+from ctune.store import PackedStore
 
 
 class FakeStore:
@@ -83,6 +84,17 @@ def test_keeps_sizes_and_labels(cache: ImageCache) -> None:
     assert cache.size_px == 32
     assert cache.sizes([0, 2]).tolist() == [[20, 64], [1, 50]]
     assert cache.labels.tolist() == [9, 7, 5, -1]
+
+
+def test_caches_a_packed_store(store: Path, tmp_path: Path) -> None:
+    packed = PackedStore(store)
+    numbers = packed.indices("train")
+    with_labels = ImageCache.build(packed, numbers, 16, tmp_path / "c", num_threads=2)
+    assert with_labels.labels.tolist() == packed.labels("train").tolist()
+    for position, n in enumerate(numbers.tolist()):
+        expected = torch.tensor(np.array(packed.image(n))).permute(2, 0, 1)
+        assert torch.equal(with_labels.batch([position])[0], expected)
+    assert working_size_px(packed.manifest.summary, 16) == 16
 
 
 def test_decodes_each_image_once(tmp_path: Path) -> None:
