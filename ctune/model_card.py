@@ -1,11 +1,10 @@
 """The model card, `README.md` of a model directory. Never imports torch."""
 
 import json
-from collections.abc import Iterator
-from typing import Any
 
 from ctune.model_dir import ModelInfo
 from ctune.schema import JsonObject
+from ctune.scores import score_rows
 
 LOAD_SNIPPET = """\
 import timm, torch
@@ -60,25 +59,16 @@ def _classes(info: ModelInfo) -> str:
 
 
 def _scores(evaluation: JsonObject) -> str:
-    before = dict(_leaves(evaluation.get("before") or {}))
-    after = dict(_leaves(evaluation.get("after") or {}))
+    before = dict(score_rows(evaluation.get("before") or {}))
+    after = dict(score_rows(evaluation.get("after") or {}))
     if not before and not after:
         return ""
     rows = [
-        f"| {name} | {_score(before.get(name))} | {_score(after.get(name))} |"
+        f"| {'.'.join(name)} | {_score(before.get(name))} | {_score(after.get(name))} |"
         for name in dict.fromkeys([*after, *before])
     ]
     table = ["| score | before | after |", "|---|---|---|", *rows]
     return "## Scores on held-out images\n\n" + "\n".join(table)
-
-
-def _leaves(scores: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Yield every number of nested blocks by its dotted name; lists (histograms) are left out."""
-    if isinstance(scores, dict):
-        for name, value in scores.items():
-            yield from _leaves(value, f"{path}.{name}" if path else str(name))
-    elif isinstance(scores, int | float) and not isinstance(scores, bool):
-        yield path, float(scores)
 
 
 def _score(value: float | None) -> str:

@@ -125,6 +125,8 @@ class Run:
             self._emit(warning)
         model = self._export(program.modules, before, after)
         shutil.rmtree(self._run_dir.cache, ignore_errors=True)
+        last = program.plans[-1]
+        self._report_progress(program.plans, len(program.plans) - 1, last.total_steps, None)
         return {
             "model": model,
             "evaluation": {"before": before, "after": after},
@@ -222,7 +224,7 @@ class Run:
         passes = [p.image_passes for p in plans]
         here = step / plan.total_steps
         done = sum(passes[:index]) + here * passes[index]
-        remaining_s = None
+        remaining_s = 0.0 if done == sum(passes) else None
         if steps_per_s:
             passes_per_s = steps_per_s * passes[index] / plan.total_steps
             remaining_s = (sum(passes) - done) / passes_per_s

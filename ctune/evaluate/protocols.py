@@ -15,6 +15,7 @@ from ctune.evaluate.isotropy import (
 from ctune.evaluate.knn import knn_accuracy
 from ctune.evaluate.linear_probe import ProbeProtocol, linear_probe
 from ctune.schema import JsonObject
+from ctune.scores import SETTINGS
 from ctune.seeding import make_generator
 
 
@@ -70,7 +71,7 @@ def evaluate(
                 protocol=ProbeProtocol(seed=seed),
             )
             best = probe.best
-            results[protocol] = {"top1": best.top1, "top5": best.top5, "lr": best.lr}
+            results[protocol] = {"top1": best.top1, "top5": best.top5, SETTINGS: {"lr": best.lr}}
     return results
 
 
@@ -86,7 +87,7 @@ def _knn(
         k=k,
         temperature=config.knn_temperature,
     )
-    return {"top1": top1, "k": k, "temperature": config.knn_temperature}
+    return {"top1": top1, SETTINGS: {"k": k, "temperature": config.knn_temperature}}
 
 
 def _isotropy(
@@ -99,11 +100,14 @@ def _isotropy(
         "isotropy_score": partition["isotropy"],
         "mean_cosine_similarity": mean_cosine_similarity(sample.features),
         "isoscore": isoscore(sample.features),
-        "num_images": len(sample.labels),
+        SETTINGS: {"num_images": len(sample.labels)},
     }
     labelled = sample.labelled()
     if _has_pairs(labelled):
-        scores |= class_cosine_similarity(labelled.features, labelled.labels)
+        cosines: JsonObject = dict(class_cosine_similarity(labelled.features, labelled.labels))
+        for count in ("intra_count", "inter_count"):
+            scores[SETTINGS][count] = cosines.pop(count)
+        scores |= cosines
     train_sample = train.labelled().sample(config.max_images, seed)
     if _has_pairs(train_sample):
         train_cosines = class_cosine_similarity(train_sample.features, train_sample.labels)

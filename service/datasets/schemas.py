@@ -44,7 +44,7 @@ def parse_name(given: str | None, filename: str) -> tuple[str, list[Fault]]:
 
 
 def dataset_object(dataset: Dataset) -> JsonObject:
-    """Return a data set; `summary` and `report` are null until it is ready."""
+    """Return a data set; `summary` and `report` are null until it is ready, `progress` then."""
     return {
         "id": dataset.id,
         "object": "dataset",
@@ -56,7 +56,7 @@ def dataset_object(dataset: Dataset) -> JsonObject:
         "created_at": seconds(dataset.created_at),
         "started_at": seconds(dataset.started_at),
         "finished_at": seconds(dataset.finished_at),
-        "progress": finite(dataset.progress),
+        "progress": finite(dataset.progress) if dataset.status == "running" else None,
         "summary": finite(dataset.summary),
         "report": finite(dataset.report),
         "error": finite(dataset.error),

@@ -1,6 +1,6 @@
 """The report of a job: what it was, what it gained, what to look at."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import func, select
@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from ctune.events import finite
 from ctune.schema import JsonObject
+from ctune.scores import score_rows
 from service.jobs.schemas import event_object, job_object, seconds
 from service.jobs.service import transitions
 from service.tables import Dataset, Job, JobEvent, JobTransition, Metric, Model
@@ -40,8 +41,8 @@ def report(session: Session, job: Job, now: float) -> JsonObject:
 
 def comparison(evaluation: Mapping[str, Any]) -> list[JsonObject]:
     """Return one row per score: before, after and their difference."""
-    before = dict(_scores(evaluation.get("before") or {}))
-    after = dict(_scores(evaluation.get("after") or {}))
+    before = dict(score_rows(finite(evaluation.get("before") or {})))
+    after = dict(score_rows(finite(evaluation.get("after") or {})))
     rows = []
     for place in sorted(before.keys() | after.keys()):
         old, new = before.get(place), after.get(place)
@@ -56,17 +57,6 @@ def comparison(evaluation: Mapping[str, Any]) -> list[JsonObject]:
             }
         )
     return rows
-
-
-def _scores(
-    node: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], float | None]]:
-    for key, value in node.items():
-        here = (*path, str(key))
-        if isinstance(value, Mapping):
-            yield from _scores(value, here)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield here, finite(value)
 
 
 def _dataset(session: Session, dataset_id: str) -> JsonObject:
