@@ -1,7 +1,6 @@
 """Tune a small vision transformer on handwritten digits through a running ctune.
 
-Run `ctune up` in another terminal first, or all of it with `make demo`.
-
+Run `ctune up` first, or all of it with `make demo`.
 The images are scikit-learn's copy of the UCI digits: 1,797 pictures of 8 x 8 pixels, written here
 as 32 x 32 PNG files (bilinear). Three of them are kept back; the service never sees them until the
 tuned encoder is asked which uploaded images look like them.
@@ -24,8 +23,9 @@ from ctune.client import DEFAULT_URL, Client
 from ctune.schema import JsonObject
 
 SIDE_PX = 32
-KEPT_BACK = 3
+KEPT_BACK = ("3", "5", "8")
 NEIGHBOURS = 5
+SHOWN = ("top1", "gap", "mean_cosine_similarity")
 console = Console()
 
 Digit = tuple[str, bytes]  # label and PNG file
@@ -109,12 +109,12 @@ def follow(client: Client, job: str) -> JsonObject:
 
 
 def show_gain(comparison: list[JsonObject]) -> None:
-    """Print every score before and after tuning."""
-    table = Table("score on held-out images", "before", "after", "difference")
+    """Print the main scores before and after tuning; the report holds all of them."""
+    table = Table("score on held-out images", "before", "after")
     for row in comparison:
-        values = (row["before"], row["after"], row["difference"])
-        cells = ("-" if value is None else f"{value:.4g}" for value in values)
-        table.add_row(f"{row['protocol']} {row['metric']}", *cells)
+        if row["metric"] in SHOWN:
+            before = "-" if row["before"] is None else f"{row['before']:.3f}"
+            table.add_row(f"{row['protocol']} {row['metric']}", before, f"{row['after']:.3f}")
     console.print(table)
 
 
@@ -125,7 +125,7 @@ def show_neighbours(client: Client, model: str, known: list[Digit], new: list[Di
     for (label, _), row in zip(new, cosines, strict=True):
         nearest = np.argsort(-row)[:NEIGHBOURS]
         found = ", ".join(f"{known[n][0]} ({row[n]:.3f})" for n in nearest)
-        console.print(f"a new {label}; nearest uploaded images: {found}", highlight=False)
+        console.print(f"a new {label}; nearest uploaded: {found}", highlight=False)
 
 
 def main() -> None:
@@ -133,9 +133,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Handwritten digits through ctune.")
     parser.add_argument("--url", default=DEFAULT_URL, help="address of the service")
     parser.add_argument("--epochs", type=int, default=30, help="of the contrastive stage")
-    given = parser.parse_args()
-    digits = read_digits()
-    new, known = digits[:KEPT_BACK], digits[KEPT_BACK:]
+    given, digits = parser.parse_args(), read_digits()
+    new = [next(digit for digit in digits if digit[0] == label) for label in KEPT_BACK]
+    known = [digit for digit in digits if digit not in new]
     with Client(given.url) as client:
         dataset = upload(client, known)
         created = client.jobs.create(job_on(dataset, given.epochs))
