@@ -77,7 +77,7 @@ def embed(
     model: ModelId,
     images: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False)],
     out: Annotated[Path | None, typer.Option(help="Write a .npy file, one row per image.")] = None,
-    normalize: Annotated[bool, typer.Option(help="Scale each vector to unit length.")] = True,
+    normalize: Annotated[bool, typer.Option(help="Scale each vector to unit length.")] = False,
     url: Url = URL,
     as_json: AsJson = False,
 ) -> None:

@@ -69,9 +69,9 @@ class Client:
         return self.http.data_of("/methods")
 
     def embed(
-        self, model: str, images: Sequence[Image], *, normalize: bool = True
+        self, model: str, images: Sequence[Image], *, normalize: bool = False
     ) -> NDArray[np.float32]:
-        """Return the vectors of `images`, (N, embed_dim), in order; by default of unit length.
+        """Return the vectors of `images`, (N, embed_dim), in order; as the encoder gives them.
 
         Raises:
             InvalidRequestError: an image cannot be read; `faults` names its index.

@@ -31,6 +31,7 @@ from service.embeddings.schemas import (
 from service.errors import ApiError, InvalidError, TooLargeError, UnavailableError, not_found
 from service.settings import Settings
 
+OPENAI_PATH = "/v1/embeddings"
 OCTET_STREAM = "application/octet-stream"
 MILLISECONDS = 1000
 EPS = 1e-12
@@ -112,7 +113,7 @@ router = APIRouter()
 
 
 @router.post("/embed", response_model=Embeddings)
-@router.post("/v1/embeddings", response_model=Embeddings)
+@router.post(OPENAI_PATH, response_model=Embeddings)
 async def embed(request: Request, serving: ServingDep) -> Response:
     """Vectors of images, in the shape of OpenAI's embeddings, or as float32 rows.
 
@@ -161,7 +162,10 @@ async def _embed(
         detail = f"`dimensions` is {wanted}; the vectors of this model have {most}."
         raise InvalidError([Fault(pointer="/dimensions", code="out_of_range", detail=detail)])
     vectors = await _vectors(serving, model, parsed.images, timer)
-    vectors = shape_vectors(vectors, options)
+    normalize = options.normalize
+    if normalize is None:
+        normalize = request.url.path == OPENAI_PATH
+    vectors = shape_vectors(vectors, dimensions=options.dimensions, normalize=normalize)
     headers = timer.headers()
     if OCTET_STREAM in request.headers.get("accept", ""):
         rows, dim = vectors.shape
@@ -256,11 +260,11 @@ async def _decode(serving: Serving, model: Any, images: Sequence[str | bytes]) -
     return list(prepared)
 
 
-def shape_vectors(vectors: Vectors, options: EmbedOptions) -> Vectors:
-    """Return vectors [n, D] truncated and scaled as the request asks; zeros stay zeros."""
-    if options.dimensions is not None:
-        vectors = vectors[:, : options.dimensions]
-    if options.normalize:
+def shape_vectors(vectors: Vectors, *, dimensions: int | None, normalize: bool) -> Vectors:
+    """Return vectors [n, D] truncated, then scaled to unit length; zeros stay zeros."""
+    if dimensions is not None:
+        vectors = vectors[:, :dimensions]
+    if normalize:
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         vectors = vectors / np.maximum(lengths, EPS)
     return vectors

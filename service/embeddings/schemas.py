@@ -24,9 +24,10 @@ class EmbedOptions(Schema):
     encoding_format: Literal["float", "base64"] = "float"
     """`base64`: little-endian float32, a third of the size of JSON numbers."""
     dimensions: Annotated[int, Field(ge=1)] | None = None
-    """Keep only the first so many dimensions; with `normalize`, scaled to unit length again."""
-    normalize: bool = True
-    """Scale each vector to unit length."""
+    """Keep only the first so many dimensions, before scaling."""
+    normalize: bool | None = None
+    """Scale each vector to unit length. By default POST /embed does not, so that it gives what the
+    downloaded model gives, and POST /v1/embeddings does, as OpenAI's clients expect."""
     modality: Literal["image"] = "image"
     """For clients that always send it."""
     user: str | None = None

@@ -169,7 +169,7 @@ def check_report(client: Client, job: dict[str, Any]) -> None:
 
 def check_vectors(client: Client, model: str, folder: Path, images: list[bytes]) -> None:
     """Compare with plain timm, in a process that knows nothing of ctune's code."""
-    served = client.embed(model, images, normalize=False)
+    served = client.embed(model, images)
     paths = []
     for number, image in enumerate(images):
         paths.append(folder.parent / f"{number}.png")

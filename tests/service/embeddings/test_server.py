@@ -65,7 +65,7 @@ def plain_timm(folder: Path, images: list[Image.Image]) -> Vectors:
 def test_vectors_equal_those_of_plain_timm(server: EmbedServer) -> None:
     images = [picture(n, 13 + 7 * n, 40) for n in range(9)]
     wanted = plain_timm(server.data_dir / "models/mdl_a", images)
-    np.testing.assert_allclose(embed(server, images, normalize=False), wanted, atol=1e-5)
+    np.testing.assert_allclose(embed(server, images), wanted, atol=1e-5)
     unit = wanted / np.linalg.norm(wanted, axis=1, keepdims=True)
     np.testing.assert_allclose(embed(server, images), unit, atol=1e-5)
 
@@ -95,7 +95,9 @@ def test_request_of_the_openai_client(server: EmbedServer) -> None:
     }
     answer = server.http.post("/v1/embeddings", json=body).json()
     found = np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), "<f4")
-    np.testing.assert_array_equal(found, embed(server, [picture(1)], dimensions=8)[0])
+    np.testing.assert_array_equal(
+        found, embed(server, [picture(1)], dimensions=8, normalize=True)[0]
+    )
 
 
 def test_base64_octet_stream_and_multipart_give_the_same_bits(server: EmbedServer) -> None:
@@ -118,18 +120,18 @@ def test_base64_octet_stream_and_multipart_give_the_same_bits(server: EmbedServe
 
 def test_plain_base64_and_multipart_fields(server: EmbedServer) -> None:
     plain = base64.encodebytes(as_png(picture(1))).decode()
-    body = {"model": "mdl_a", "input": [plain], "dimensions": 5, "normalize": False}
+    body = {"model": "mdl_a", "input": [plain], "dimensions": 5, "normalize": True}
     wanted = server.http.post("/embed", json=body).json()["data"]
-    fields = {"model": "mdl_a", "dimensions": "5", "normalize": "false"}
+    fields = {"model": "mdl_a", "dimensions": "5", "normalize": "true"}
     files = [("anything", ("a.png", as_png(picture(1))))]
     assert server.http.post("/embed", data=fields, files=files).json()["data"] == wanted
 
 
 def test_dimensions_are_cut_and_scaled_again(server: EmbedServer) -> None:
-    whole = embed(server, [picture(1)], normalize=False)[0]
-    cut = embed(server, [picture(1)], normalize=False, dimensions=7)[0]
+    whole = embed(server, [picture(1)])[0]
+    cut = embed(server, [picture(1)], dimensions=7)[0]
     np.testing.assert_array_equal(cut, whole[:7])
-    unit = embed(server, [picture(1)], dimensions=7)[0]
+    unit = embed(server, [picture(1)], dimensions=7, normalize=True)[0]
     np.testing.assert_allclose(unit, cut / np.linalg.norm(cut), atol=1e-6)
 
 
