@@ -6,8 +6,8 @@ A child must end when nobody needs it any more, whatever its own code is doing:
 - the lease is not renewed for ``CTUNE_FENCE_S``: somebody else may own the job by now;
 - SIGTERM or Ctrl-C.
 
-Each of these asks the body to stop (`StopRequest`). ``CTUNE_GRACE_S`` later the process group is
-killed, body or not. The watch is a thread woken through the signal pipe, so that a main thread
+Each of these asks the body to stop (`StopRequest`). ``CTUNE_GRACE_S`` later, and in any case before
+the lease of ``CTUNE_LEASE_S`` is over, the process group is killed, body or not. The watch is a thread woken through the signal pipe, so that a main thread
 stuck in C code cannot delay it, and it keeps a kernel timer wound, so that even a process whose
 Python is stuck as a whole ends. Never imports torch.
 """
@@ -34,6 +34,9 @@ from ctune.schema import JsonObject
 PR_SET_PDEATHSIG = 1
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 ASK_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LEASE_SHARE = 0.95
+"""Part of the lease after which a child that was asked to stop is killed: its job may start again
+elsewhere when the lease is over, and we saw its renewal a little late."""
 BACKSTOP_S = 2.0
 """Seconds by which the kernel timer trails the watch thread's own kill."""
 
@@ -176,6 +179,7 @@ class _Watch:
         self.wake_fd = wake_fd
         self.lease = run_dir.lease
         self.fence_s = _seconds("CTUNE_FENCE_S")
+        self.lease_s = _seconds("CTUNE_LEASE_S")
         self.grace_s = _seconds("CTUNE_GRACE_S")
         self.parent_pid = int(os.environ.get("CTUNE_PARENT_PID") or 0)
         self.tick_s = min([1.0, *(s / 4 for s in (self.fence_s, self.grace_s) if s)])
@@ -227,7 +231,10 @@ class _Watch:
         if self.grace_s is None:
             return
         if self.stop.since is not None:
-            left_s = self.stop.since + self.grace_s - time.monotonic()
+            end = self.stop.since + self.grace_s
+            if self.lease_s is not None:  # whatever the grace, never beside a successor
+                end = min(end, self.lease_seen + LEASE_SHARE * self.lease_s)
+            left_s = end - time.monotonic()
             if left_s <= 0:
                 _die()
             signal.setitimer(signal.ITIMER_REAL, left_s + BACKSTOP_S)

@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     """Most members of an archive."""
 
     slots: int = 1
-    """Jobs and ingestions that one worker runs at the same time."""
+    """Jobs that one worker runs at the same time; one ingestion may run beside them."""
     gpus: str = "auto"
     """GPU indices of this worker, `0,1`; `auto`: all that the machine has; `none`: CPU only."""
     poll_s: float = 1.0
@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     fence_s: float = 45.0
     """Seconds without a renewed lease after which a child stops itself."""
     grace_s: float = 30.0
-    """Seconds between SIGTERM and SIGKILL of a child; together with `beat_s` below `lease_s`."""
+    """Seconds between SIGTERM and SIGKILL of a child; its lease may end earlier and ends it then."""
     reap_s: float = 10.0
     """Seconds between rounds that look for lost jobs."""
     resend_s: float = 30.0

@@ -101,6 +101,7 @@ class Attempt:
         told = {
             "CTUNE_PARENT_PID": str(os.getpid()),
             "CTUNE_FENCE_S": str(self._settings.fence_s),
+            "CTUNE_LEASE_S": str(self._settings.lease_s),
             "CTUNE_GRACE_S": str(self._settings.grace_s),
             "CTUNE_ATTEMPT": str(self.work.lease.attempt),
         }
