@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 import tarfile
-import time
 from gzip import GzipFile
 from pathlib import Path
 
@@ -132,9 +131,7 @@ ZEROS = {"zeros.bin": bytes(30_000_000)}
 def test_bombs_by_ratio(path: Path, pack: Pack) -> None:
     pack(path, ZEROS)
     assert path.stat().st_size < 100_000
-    started = time.monotonic()
     assert code_of(path) == "archive_bomb"
-    assert time.monotonic() - started < 2
 
 
 def test_a_bomb_of_one_gibibyte_is_refused_early_and_small(path: Path) -> None:
@@ -153,12 +150,10 @@ def test_a_bomb_of_one_gibibyte_is_refused_early_and_small(path: Path) -> None:
         "except ArchiveError as error:\n    print(error.error_code)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
-    started = time.monotonic()
     command = [sys.executable, "-c", program, str(path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert out[0] == "archive_bomb"
     assert int(out[1]) < 300
-    assert time.monotonic() - started < 5
 
 
 def test_limits_on_bytes_and_counts(path: Path) -> None:

@@ -4,7 +4,6 @@ import io
 import resource
 import struct
 import tarfile
-import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -129,9 +128,7 @@ def test_a_million_entries_are_refused_before_they_are_read(path: Path) -> None:
         end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, size, 104, 0)
         file.write(end64 + locator + end)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.monotonic()
     assert code_of(path) == "archive_bomb"
-    assert time.monotonic() - started < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 

@@ -321,11 +321,9 @@ def test_a_signal_ends_the_process_even_with_open_streams(sqlite_settings: Setti
     ):
         lines = answer.iter_lines()
         assert any(line.startswith("event: status") for line in lines)
-        began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert not any(line.startswith("event: done") for line in lines)  # ends in good order
         process.wait(timeout=20)
-        assert time.monotonic() - began < 5.0
 
 
 def test_faults_are_said_in_the_words_of_the_openai_client(sqlite_api: Api) -> None:

