@@ -101,4 +101,5 @@ def _show_report(report: JsonObject) -> None:
         f" {report['num_split_leaks']} images of a held-out split also in the training split"
     )
     for issue in [*report["warnings"], *report["unreadable"]][:SHOWN_ISSUES]:
-        console.print(f"  {issue['code']}: {issue['path']}: {issue['detail']}", markup=False)
+        said = ": ".join(part for part in (issue["code"], issue["path"], issue["detail"]) if part)
+        console.print(f"  {said}", markup=False)

@@ -24,6 +24,7 @@ from ctune.client import Client
 from ctune.client_http import ServerEvent
 from ctune.errors import ConfigError
 from ctune.schema import JsonObject
+from ctune.scores import score_rows
 
 cli = typer.Typer(help="Jobs: one run of one method on one data set.", no_args_is_help=True)
 
@@ -152,15 +153,12 @@ def _show(job: JsonObject, as_json: bool) -> None:
         console.print(f"model: {result['model']}")
 
 
-def evaluation_rows(evaluation: JsonObject) -> list[tuple[str, str | None, str]]:
-    """Return (score, before, after) for every number of an evaluation."""
-    before = evaluation.get("before") or {}
-    rows = []
-    for protocol, scores in (evaluation.get("after") or {}).items():
-        for score, value in scores.items():
-            if not isinstance(value, int | float):
-                continue
-            earlier = before.get(protocol, {}).get(score)
-            shown = f"{earlier:.4g}" if isinstance(earlier, int | float) else None
-            rows.append((f"{protocol} {score}", shown, f"{value:.4g}"))
-    return rows
+def evaluation_rows(evaluation: JsonObject) -> list[tuple[str, str, str]]:
+    """Return (score, before, after) for every score of an evaluation."""
+    before = dict(score_rows(evaluation.get("before") or {}))
+    after = score_rows(evaluation.get("after") or {})
+    return [(" ".join(path), _number(before.get(path)), _number(v)) for path, v in after]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -34,7 +34,7 @@ def list_models(limit: Limit = 20, url: Url = URL, as_json: AsJson = False) -> N
         print_json(found)
         return
     rows = [
-        (m["id"], m.get("name"), m.get("job_id"), megabytes(m.get("size_bytes")),
+        (m["id"], m.get("name"), m.get("job"), megabytes(m.get("size_bytes")),
          age(m.get("created_at")))
         for m in found
     ]  # fmt: skip

@@ -120,7 +120,7 @@ def show_gain(comparison: list[JsonObject]) -> None:
 
 def show_neighbours(client: Client, model: str, known: list[Digit], new: list[Digit]) -> None:
     """Embed all images and print the nearest uploaded ones of each new one."""
-    vectors = client.embed(model, [png for _, png in [*new, *known]])
+    vectors = client.embed(model, [png for _, png in [*new, *known]], normalize=True)
     cosines = vectors[: len(new)] @ vectors[len(new) :].T  # of unit length each
     for (label, _), row in zip(new, cosines, strict=True):
         nearest = np.argsort(-row)[:NEIGHBOURS]

@@ -180,7 +180,7 @@ def check_vectors(client: Client, model: str, folder: Path, images: list[bytes])
         [sys.executable, "-I", script, folder, out, *paths], check=True, env=clean_environment()
     )
     np.testing.assert_allclose(np.load(out), served, atol=TOLERANCE, rtol=0)
-    lengths = np.linalg.norm(client.embed(model, images), axis=1)
+    lengths = np.linalg.norm(client.embed(model, images, normalize=True), axis=1)
     np.testing.assert_allclose(lengths, 1, atol=TOLERANCE)
     broken = [images[0], b"no image", images[1]]
     with pytest.raises(InvalidRequestError) as caught:
