@@ -7,6 +7,7 @@ RUN_DIR/
     lock            held by the one process that may write here
     lease           rewritten by the supervisor at every heartbeat; see `ctune.child`
     checkpoints/    one directory per checkpoint
+    store/          the packed store that an ingestion makes
     cache/          decoded images; removed at the end
     model/          the exported encoder
 """
