@@ -13,6 +13,8 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Several torch processes share the cores in tests; with a thread per core each they wait for another.
+ONE_THREAD := OMP_NUM_THREADS=1
 PORT ?= 8000
 DEMO_DATA ?= demo-data
 
@@ -51,10 +53,10 @@ stop-demo: ## Stop the service that `make demo` left running.
 	@if [ -x $(BIN)/ctune ]; then $(BIN)/ctune down --data-dir $(DEMO_DATA); fi
 
 test: $(INSTALLED) ## Run all tests but the slow ones.
-	$(BIN)/python -m pytest -m "not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(INSTALLED) ## Run the slow tests.
-	$(BIN)/python -m pytest -m slow
+	$(ONE_THREAD) $(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED) ## Check style, format, types and import directions.
 	$(BIN)/ruff check .

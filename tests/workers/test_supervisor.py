@@ -52,6 +52,7 @@ def test_a_job_runs_to_its_model(
     assert told == {
         "CTUNE_PARENT_PID": str(os.getpid()),
         "CTUNE_FENCE_S": "4.0",
+        "CTUNE_LEASE_S": "6.0",
         "CTUNE_GRACE_S": "1.0",
         "CTUNE_ATTEMPT": "1",
     }
