@@ -7,9 +7,10 @@ A child must end when nobody needs it any more, whatever its own code is doing:
 - SIGTERM or Ctrl-C.
 
 Each of these asks the body to stop (`StopRequest`). ``CTUNE_GRACE_S`` later, and in any case before
-the lease of ``CTUNE_LEASE_S`` is over, the process group is killed, body or not. The watch is a thread woken through the signal pipe, so that a main thread
-stuck in C code cannot delay it, and it keeps a kernel timer wound, so that even a process whose
-Python is stuck as a whole ends. Never imports torch.
+the lease of ``CTUNE_LEASE_S`` is over, the process group is killed, body or not. The watch is a
+thread woken through the signal pipe, so that a main thread stuck in C code cannot delay it, and it
+keeps a kernel timer wound, so that even a process whose Python is stuck as a whole ends. Never
+imports torch.
 """
 
 import ctypes

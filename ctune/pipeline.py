@@ -395,4 +395,3 @@ def choose_device(gpus: int | None) -> torch.device:
 def _optimizer_state(saved: JsonObject) -> JsonObject:
     """Return an optimizer's state dict with the integer keys that JSON turned into strings."""
     return saved | {"state": {int(key): value for key, value in saved["state"].items()}}
-

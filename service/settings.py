@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     fence_s: float = 45.0
     """Seconds without a renewed lease after which a child stops itself."""
     grace_s: float = 30.0
-    """Seconds between SIGTERM and SIGKILL of a child; its lease may end earlier and ends it then."""
+    """Seconds between SIGTERM and SIGKILL of a child; the end of its lease may come first."""
     reap_s: float = 10.0
     """Seconds between rounds that look for lost jobs."""
     resend_s: float = 30.0
