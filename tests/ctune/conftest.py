@@ -1,40 +1,11 @@
-"""A small labelled data set as an archive and as a packed store, made once per session."""
+"""The squares as an archive and as a packed store, made once per session."""
 
-import io
-import zipfile
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from ctune.ingest import ingest
-
-SIDE_PX = 16
-CLASSES = ("blue", "green", "red")
-
-
-def noisy_square(channel: int, rng: np.random.Generator) -> bytes:
-    """Return a PNG: noise with a bright square in one colour channel at a random place."""
-    pixels = rng.integers(0, 96, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
-    top, left = rng.integers(0, SIDE_PX - 8, 2)
-    pixels[top : top + 8, left : left + 8, channel] = 255
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_archive(path: Path, *, train_per_class: int = 16, test_per_class: int = 6) -> Path:
-    """Write a zip of `train/<class>/` and `test/<class>/` folders."""
-    rng = np.random.default_rng(0)
-    with zipfile.ZipFile(path, "w") as archive:
-        for split, count in (("train", train_per_class), ("test", test_per_class)):
-            for channel, name in enumerate(reversed(CLASSES)):
-                for n in range(count):
-                    data = noisy_square(channel, rng)
-                    archive.writestr(f"{split}/{name}/{n:03}.png", data)
-    return path
+from tests.squares import write_archive
 
 
 @pytest.fixture(scope="session")
@@ -47,28 +18,3 @@ def store(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("store") / "squares"
     ingest(archive, path)
     return path
-
-
-def tiny_config(method: str = "lacvit", **changes: Any) -> dict[str, Any]:
-    """Return the body of a run that takes a second: a two-block ViT on 16 px images."""
-    methods: dict[str, Any] = {
-        "lacvit": {
-            "contrastive": {"epochs": 3, "batch_size": 12, "samples_per_class": 4},
-            "probe": {"epochs": 3, "batch_size": 16},
-        },
-        "linear_probe": {"probe": {"epochs": 3, "batch_size": 16}},
-    }
-    return {
-        "encoder": {
-            "source": "timm",
-            "name": "vit_tiny_patch16_224",
-            "pretrained": False,
-            "image_size_px": SIDE_PX,
-            "options": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
-        },
-        "method": {"name": method, "preset": "small", **methods[method]},
-        "evaluation": {"knn_k": 5},
-        "seed": 1,
-        "resources": {"gpus": 0, "checkpoint_interval_s": 0},
-        **changes,
-    }

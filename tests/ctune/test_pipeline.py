@@ -31,7 +31,7 @@ from ctune.events import (
 )
 from ctune.rundir import RunDir
 from ctune.store import PackedStore
-from tests.ctune.conftest import tiny_config
+from tests.squares import tiny_config
 
 
 def prepare(

@@ -15,8 +15,8 @@ from ctune.client import Client
 from ctune.events import CheckpointSaved, read_events
 from ctune.rundir import RunDir
 from ctune.schema import JsonObject
-from tests.ctune.conftest import tiny_config, write_archive
 from tests.e2e.running import Running, command_line, until
+from tests.squares import tiny_config, write_archive
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -3,11 +3,9 @@
 Once on the embedded set-up, once on Postgres and Redis.
 """
 
-import io
 import json
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,44 +14,28 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
-from PIL import Image
 
 from ctune.client import Client
 from ctune.client_http import ConflictError, InvalidRequestError, NotFoundError, UnsuccessfulError
 from tests.e2e.running import Running, clean_environment, until
 from tests.servers import Server
+from tests.squares import CLASSES, noisy_square, tiny_config, write_archive
 
 pytestmark = pytest.mark.timeout(600)
 
-SIDE_PX = 16
-CLASSES = ("blue", "green", "red")
 NEW = 3
 TOLERANCE = 1e-5
-
-
-def png(channel: int, rng: np.random.Generator) -> bytes:
-    """Return noise with a bright square in one colour channel."""
-    pixels = rng.integers(0, 96, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
-    top, left = rng.integers(0, SIDE_PX - 8, 2)
-    pixels[top : top + 8, left : left + 8, channel] = 255
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders with a given split, a junk file and one file that is no image."""
+    others = {
+        "__MACOSX/train/red/._0.png": b"junk",
+        "train/red/broken.png": b"\x89PNG\r\n\x1a\nbroken",
+    }
     path = tmp_path_factory.mktemp("archive") / "squares.zip"
-    rng = np.random.default_rng(0)
-    with zipfile.ZipFile(path, "w") as file:
-        for split, count in (("train", 12), ("test", 6)):
-            for channel, name in enumerate(reversed(CLASSES)):
-                for number in range(count):
-                    file.writestr(f"{split}/{name}/{number}.png", png(channel, rng))
-        file.writestr("__MACOSX/train/red/._0.png", b"junk")
-        file.writestr("train/red/broken.png", b"\x89PNG\r\n\x1a\nbroken")
-    return path
+    return write_archive(path, train_per_class=12, others=others)
 
 
 @pytest.fixture(params=["embedded", "servers"], scope="module")
@@ -81,24 +63,7 @@ def service(
 
 def job_on(dataset: str, **changes: Any) -> dict[str, Any]:
     """Return the body of a job that takes seconds."""
-    return {
-        "dataset": dataset,
-        "name": "squares",
-        "metadata": {"team": "tests"},
-        "encoder": {
-            "source": "timm",
-            "name": "vit_tiny_patch16_224",
-            "pretrained": False,
-            "image_size_px": SIDE_PX,
-            "options": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
-        },
-        "method": {
-            "name": "lacvit",
-            "contrastive": {"epochs": 2, "batch_size": 12},
-            "probe": {"epochs": 2},
-        },
-        "resources": {"gpus": 0},
-    } | changes
+    return tiny_config(dataset=dataset, name="squares", metadata={"team": "tests"}) | changes
 
 
 def test_from_upload_to_vectors_and_away(service: Running, archive: Path, tmp_path: Path) -> None:
@@ -108,7 +73,7 @@ def test_from_upload_to_vectors_and_away(service: Running, archive: Path, tmp_pa
         model = job["result"]["model"]
         check_report(client, job)
         folder = client.models.pull(model, tmp_path / "model")
-        images = [png(n % 3, np.random.default_rng(100 + n)) for n in range(NEW)]
+        images = [noisy_square(n % 3, np.random.default_rng(100 + n)) for n in range(NEW)]
         check_vectors(client, model, folder, images)
         check_classes(client, model, images)
         second = retune(client, dataset, model)

@@ -21,7 +21,7 @@ from ctune.methods.base import Program, RunContext
 from ctune.seeding import seed_everything
 from ctune.store import PackedStore
 from ctune.train import Hooks, fit
-from tests.ctune.conftest import tiny_config
+from tests.squares import tiny_config
 
 ROOT = Path(__file__).parents[3]
 EVERY_METHOD = pytest.mark.parametrize("name", METHOD_CONFIGS)

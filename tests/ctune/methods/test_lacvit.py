@@ -19,8 +19,8 @@ from ctune.methods.lacvit.advice import CollapseWatch, advise
 from ctune.methods.lacvit.config import ContrastiveConfig, LaCViTConfig
 from ctune.methods.lacvit.method import LaCViT, choose_sampler, loss_floor
 from ctune.samplers import ClassBalancedBatchSampler, RandomBatchSampler
-from tests.ctune.conftest import tiny_config
 from tests.ctune.methods.test_contract import Bench
+from tests.squares import tiny_config
 
 
 def contrastive(**values: Any) -> ContrastiveConfig:
