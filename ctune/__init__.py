@@ -11,7 +11,8 @@ def run(config: Any, data: str | Path, out_dir: str | Path) -> dict[str, Any]:
 
     Args:
         config: a `ctune.config.RunConfig`, or the same as a dictionary (the body of POST /jobs).
-        data: an archive of images, or a packed store that an earlier run left in `out_dir/store`.
+        data: a folder or an archive of images, or the packed store that an earlier run left in
+            its `out_dir/store`.
         out_dir: run directory; events, checkpoints and the exported model are written there.
 
     Raises:

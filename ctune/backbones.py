@@ -15,7 +15,7 @@ import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, model_entrypoint
 from torch import Tensor, nn
 
-from ctune.encoders import FileEncoder, ModelEncoder, TimmEncoder
+from ctune.encoders import FileEncoder, ModelEncoder, TimmEncoder, option_faults
 from ctune.errors import EncoderError
 from ctune.preprocess import Preprocessing
 from ctune.schema import JsonObject
@@ -25,21 +25,6 @@ Pool = Literal["mean", "cls", "auto"]
 Rgb = tuple[float, float, float]
 
 GLOBAL_POOL: Mapping[Pool, str] = {"mean": "avg", "cls": "token"}
-RESERVED: Mapping[str, str] = {
-    "img_size": "set image_size_px instead",
-    "global_pool": "set the method's pool instead",
-    "num_classes": "an encoder has no classifier",
-    "in_chans": "images have 3 channels",
-    "drop_path_rate": "set the method's drop_path instead",
-    "features_only": "an encoder gives one vector per image",
-    "pretrained": "set it beside options",
-    "pruned": "choose the pruned architecture by its name",
-}
-"""Options with a place of their own."""
-LOADER_OPTIONS = frozenset(
-    {"checkpoint_path", "cache_dir", "device", "dtype", "exportable", "no_jit", "scriptable"}
-)
-"""Options of timm's loader, not of an architecture; so is every one that starts `pretrained_`."""
 UNKNOWN_OPTION = re.compile(r"unexpected keyword argument '(\w+)'")
 BUILD_ERRORS = (
     ArithmeticError,
@@ -266,11 +251,10 @@ def _known(architecture: str) -> None:
 
 def _refuse_options(options: JsonObject) -> None:
     """Keep out what has a place of its own and what would make timm load other files."""
-    misplaced = [f"{name} ({RESERVED[name]})" for name in options if name in RESERVED]
-    foreign = [name for name in options if name in LOADER_OPTIONS or name.startswith("pretrained_")]
-    if misplaced or foreign:
+    faults = option_faults(options)
+    if faults:
         raise EncoderError(
-            f"not options of an architecture: {', '.join(misplaced + foreign)}",
+            " ".join(fault.detail for fault in faults),
             hint="options are the architecture's own keyword arguments",
             code="unknown_option",
         )

@@ -121,13 +121,7 @@ def _last_word(body: Body, run_dir: RunDir, *, events: EventWriter, stop: StopRe
     except CtuneError as error:
         if error.fault == "system":
             traceback.print_exc()
-        return Failed(
-            code=error.error_code,
-            message=error.message,
-            hint=error.hint,
-            fault=error.fault,
-            retryable=error.retryable,
-        )
+        return Failed.of(error)
     except MemoryError:
         traceback.print_exc()
         return Failed(

@@ -17,14 +17,19 @@ from ctune.errors import DataError
 
 
 @contextmanager
-def zip_folder(folder: Path) -> Iterator[BinaryIO]:
-    """Yield a temporary zip of the files below `folder`; images are stored, not packed again."""
-    with tempfile.TemporaryFile(suffix=".zip") as file:
+def zip_folder(folder: Path, *, beside: Path | None = None) -> Iterator[BinaryIO]:
+    """Yield a temporary zip of the files below `folder`; images are stored, not packed again.
+
+    The same files give the same bytes. `beside`: directory of the zip, else the system's own.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".zip", dir=beside) as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for path in sorted(folder.rglob("*")):
                 if path.is_file():
                     archive.write(path, path.relative_to(folder).as_posix())
-        yield file
+        file.flush()
+        file.seek(0)
+        yield file  # type: ignore[misc]  # a BinaryIO by all it does
 
 
 def unpack_model(archive: BinaryIO, folder: Path) -> None:

@@ -24,8 +24,8 @@ class EvaluationConfig(Schema):
     """Also score the untuned encoder, so that the gain is a number."""
     knn_k: Annotated[int, Field(ge=1, le=10_000)] = 20
     """Neighbours that vote."""
-    knn_temperature: Annotated[float, Field(gt=0, le=10)] = 0.07
-    """Temperature of the votes."""
+    knn_temperature: Annotated[float, Field(ge=0.002, le=10)] = 0.07
+    """Temperature of the votes; below 1/700 their weights would overflow."""
     max_images: Annotated[int, Field(ge=2)] = 10_000
     """Cap on the images of the isotropy scores, drawn with the run's seed."""
 
@@ -33,8 +33,8 @@ class EvaluationConfig(Schema):
 class ResourcesConfig(Schema):
     """What the run may use."""
 
-    gpus: Annotated[int, Field(ge=0, le=8)] | None = None
-    """GPUs; 0 for the CPU, null for one GPU where the worker has one."""
+    gpus: Annotated[int, Field(ge=0, le=1)] | None = None
+    """GPUs, at most one; 0 for the CPU, null for a GPU where the worker has one."""
     max_duration_s: Annotated[int, Field(ge=1)] | None = None
     """Wall-clock limit of all attempts together; null for none."""
     checkpoint_interval_s: Annotated[float, Field(ge=0)] = 60.0

@@ -182,6 +182,9 @@ def load_model(model_dir: Path, *, device: str | torch.device | None = "cpu") ->
         classifier = (stored["weight"], stored["bias"])
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cuda":
+        # A patch embedding is a convolution; TF32 would cost the agreement with timm on a CPU.
+        torch.backends.cudnn.allow_tf32 = False
     return LoadedModel(
         encoder, info, model_dir=model_dir, classifier=classifier, device=torch.device(device)
     )

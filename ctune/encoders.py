@@ -4,11 +4,27 @@ import difflib
 import json
 from functools import cache
 from importlib.resources import files
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from ctune.schema import Fault, JsonObject, Schema
+
+RESERVED_OPTIONS = {
+    "img_size": "set image_size_px instead",
+    "global_pool": "set the method's pool instead",
+    "num_classes": "an encoder has no classifier",
+    "in_chans": "images have 3 channels",
+    "drop_path_rate": "set the method's drop_path instead",
+    "features_only": "an encoder gives one vector per image",
+    "pretrained": "set it beside options",
+    "pruned": "choose the pruned architecture by its name",
+}
+"""Options with a place of their own."""
+LOADER_OPTIONS = frozenset(
+    {"checkpoint_path", "cache_dir", "device", "dtype", "exportable", "no_jit", "scriptable"}
+)
+"""Options of timm's loader, not of an architecture; so is every one that starts `pretrained_`."""
 
 ImageSize = Annotated[int, Field(ge=8, le=4096)]
 
@@ -93,12 +109,37 @@ def check_encoder(encoder: TimmEncoder | FileEncoder | ModelEncoder) -> list[Fau
     if isinstance(encoder, TimmEncoder) and encoder.pretrained and not known.tags:
         detail = f"{name!r} has no published weights. Set pretrained to false."
         faults.append(Fault(pointer="/pretrained", code="no_weights", detail=detail))
-    return faults + _size_faults(encoder, known)
-
-
-def _size_faults(encoder: TimmEncoder | FileEncoder, known: KnownEncoder) -> list[Fault]:
-    patch_size_px = encoder.options.get("patch_size", known.patch_size_px)
     size_px = encoder.image_size_px or known.image_size_px
+    patch_size_px = encoder.options.get("patch_size", known.patch_size_px)
+    return faults + option_faults(encoder.options) + _size_faults(size_px, patch_size_px)
+
+
+def check_model_encoder(encoder: ModelEncoder, model_info: JsonObject) -> list[Fault]:
+    """Return what is wrong with tuning an earlier model further, given its `model.json`.
+
+    Pointers start inside the encoder block.
+    """
+    known = catalogue().get(model_info["architecture"])
+    patch_size_px = model_info["model_args"].get("patch_size", known and known.patch_size_px)
+    return _size_faults(encoder.image_size_px or model_info["image_size_px"], patch_size_px)
+
+
+def option_faults(options: JsonObject) -> list[Fault]:
+    """Return a fault for every option that is not the architecture's own."""
+    faults = []
+    for name in options:
+        if name in RESERVED_OPTIONS:
+            detail = f"{name} is not an option of an architecture: {RESERVED_OPTIONS[name]}."
+        elif name in LOADER_OPTIONS or name.startswith("pretrained_"):
+            detail = f"{name} is not an option of an architecture; leave it out."
+        else:
+            continue
+        pointer = f"/options/{name.replace('~', '~0').replace('/', '~1')}"
+        faults.append(Fault(pointer=pointer, code="unknown_option", detail=detail))
+    return faults
+
+
+def _size_faults(size_px: int, patch_size_px: Any) -> list[Fault]:
     if not isinstance(patch_size_px, int) or isinstance(patch_size_px, bool):
         if patch_size_px is None:
             return []

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
 
+from ctune.errors import CtuneError
 from ctune.schema import JsonObject, Schema
 
 
@@ -122,6 +123,17 @@ class Failed(EventBase):
     hint: str = ""
     fault: Literal["user", "system"] = "system"
     retryable: bool = False
+
+    @classmethod
+    def of(cls, error: CtuneError) -> "Failed":
+        """Return the last word that an error comes to."""
+        return cls(
+            code=error.error_code,
+            message=error.message,
+            hint=error.hint,
+            fault=error.fault,
+            retryable=error.retryable,
+        )
 
 
 class Finished(EventBase):

@@ -311,6 +311,7 @@ class Run:
             self._config.evaluation,
             num_classes=len(self._summary.classes),
             seed=self._config.seed,
+            warn=self._emit,
         )
         labelled = heldout.labelled()
         if modules is not None and "classifier" in modules and len(labelled.labels):
@@ -377,10 +378,10 @@ def run_directory(
 
 
 def choose_device(gpus: int | None) -> torch.device:
-    """Return the device: the CPU for 0, a GPU for 1 or more, the GPU if there is one for None.
+    """Return the device: the CPU for 0, the GPU for 1, the GPU if there is one for None.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none, or more than one process could use.
+        ConfigError: a GPU is asked for and there is none.
     """
     if gpus == 0 or (gpus is None and not torch.cuda.is_available()):
         return torch.device("cpu")

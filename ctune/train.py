@@ -17,6 +17,7 @@ from ctune.seeding import make_generator, seed_everything
 
 PROGRESS_INTERVAL_S = 1.0
 LOGS_PER_STAGE = 1000
+SHOWN_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def fit(stage: Stage, *, name: str, seed: int, start_step: int, hooks: Hooks) ->
                 stopping = hooks.stop.requested and step < total_steps
                 log = (step - 1) % log_every == 0 or step == total_steps
                 if log or due or stopping:  # values come to the host only here
-                    values = _values(outputs, grad_norm, name=name, step=step - 1)
+                    values = _values(outputs, grad_norm, group, name=name, step=step - 1)
                     if log:
                         values |= {"lr": lr, "epoch": float(epoch), **pace.lap(fetched.waited_s)}
                         hooks.emit(Metrics(stage=name, step=step - 1, values=values))
@@ -177,14 +178,17 @@ def _accumulate(
 
 
 def _values(
-    outputs: list[StepOutput], grad_norm: Tensor, *, name: str, step: int
+    outputs: list[StepOutput], grad_norm: Tensor, group: list[Batch], *, name: str, step: int
 ) -> dict[str, float | None]:
     """Return the step's values as floats after making sure that they are finite."""
     loss = torch.stack([output.loss.detach().float() for output in outputs]).mean()
     values = {key: float(value) for key, value in outputs[-1].metrics.items()}
     values |= {"loss": float(loss), "grad_norm": float(grad_norm)}
     if not bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
-        raise _diverged(f"loss {float(loss)}, gradient norm {float(grad_norm)}", name, step)
+        images = [int(n) for batch in group for n in batch.positions]
+        shown = ", ".join(map(str, images[:SHOWN_IMAGES]))
+        what = f"loss {float(loss)}, gradient norm {float(grad_norm)}, training images {shown}"
+        raise _diverged(what + (" …" if len(images) > SHOWN_IMAGES else ""), name, step)
     return dict(values)
 
 

@@ -209,20 +209,21 @@ def _is_finite(head: tuple[Tensor, Tensor]) -> bool:
 
 
 def _split_indices(labels: Tensor, settings: ProbeProtocol) -> tuple[Tensor, Tensor]:
-    """Seeded stratified split: (kept, held-out) indices; classes of one sample are all kept."""
+    """Seeded stratified split: (kept, held-out) indices; at least one of every class of two."""
     rng = np.random.default_rng(settings.seed % 2**64)
     array = labels.cpu().numpy()
     held = []
     for label in np.unique(array):
         members = rng.permutation(np.flatnonzero(array == label))
-        count = min(len(members) - 1, round(settings.holdout_fraction * len(members)))
+        share = max(1, round(settings.holdout_fraction * len(members)))
+        count = min(len(members) - 1, share)
         held.append(members[:count])
     out = np.zeros(len(array), dtype=bool)
     out[np.concatenate(held)] = True
     if not out.any():
         raise ValueError(
-            f"a share of {settings.holdout_fraction} holds out none of {len(array)} train "
-            "samples; give a single learning rate or a larger share"
+            f"no class of the {len(array)} train samples has two, so none can be held out to "
+            "choose the learning rate; give a single learning rate"
         )
     return torch.from_numpy(np.flatnonzero(~out)), torch.from_numpy(np.flatnonzero(out))
 

@@ -1,11 +1,12 @@
 """The protocols that a run asks for, over features of an encoder that were computed once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ctune.config import EvaluationConfig
+from ctune.config import EvaluationConfig, Protocol
 from ctune.evaluate.isotropy import (
     class_cosine_similarity,
     isoscore,
@@ -14,9 +15,13 @@ from ctune.evaluate.isotropy import (
 )
 from ctune.evaluate.knn import knn_accuracy
 from ctune.evaluate.linear_probe import ProbeProtocol, linear_probe
+from ctune.events import Warned
 from ctune.schema import JsonObject
 from ctune.scores import SETTINGS
 from ctune.seeding import make_generator
+
+ONE_SHOT_RATE = 0.1
+"""Learning rate of the linear probe where every class has a single image (lacvit.md 2.2)."""
 
 
 @dataclass(frozen=True)
@@ -47,32 +52,67 @@ def evaluate(
     *,
     num_classes: int,
     seed: int,
+    warn: Callable[[Warned], None],
 ) -> dict[str, JsonObject]:
     """Return protocol -> metric -> value; accuracies are fractions of the held-out images.
 
     Protocols that need labels are left out where train or held-out images have fewer than two
-    classes. Every held-out image is scored exactly once.
+    classes. Every held-out image is scored exactly once. A score that these features do not have
+    (a single image, vectors that are all alike) is left out with a warning.
     """
-    train_labelled, heldout_labelled = train.labelled(), heldout.labelled()
-    supervised = _has_two_classes(train_labelled) and len(heldout_labelled.labels) > 0
     results: dict[str, JsonObject] = {}
     for protocol in config.protocols:
-        if protocol == "isotropy":
-            results[protocol] = _isotropy(train, heldout, config, seed=seed)
-        elif protocol == "knn" and supervised:
-            results[protocol] = _knn(train_labelled, heldout_labelled, config)
-        elif protocol == "linear_probe" and supervised:
-            probe = linear_probe(
-                train_labelled.features,
-                train_labelled.labels,
-                heldout_labelled.features,
-                heldout_labelled.labels,
-                num_classes=num_classes,
-                protocol=ProbeProtocol(seed=seed),
+        try:
+            scores = _score(
+                protocol, train, heldout, config=config, num_classes=num_classes, seed=seed
             )
-            best = probe.best
-            results[protocol] = {"top1": best.top1, "top5": best.top5, SETTINGS: {"lr": best.lr}}
+        except ValueError as error:
+            message = f"{protocol} could not be measured: {error}"
+            warn(Warned(code="not_scored", message=message, hint="look at the held-out images"))
+            continue
+        if scores is not None:
+            results[protocol] = scores
     return results
+
+
+def _score(
+    protocol: Protocol,
+    train: LabelledFeatures,
+    heldout: LabelledFeatures,
+    *,
+    config: EvaluationConfig,
+    num_classes: int,
+    seed: int,
+) -> JsonObject | None:
+    """Return the scores of one protocol, None where the labels do not allow it."""
+    if protocol == "isotropy":
+        return _isotropy(train, heldout, config, seed=seed)
+    train_labelled, heldout_labelled = train.labelled(), heldout.labelled()
+    supervised = _has_two_classes(train_labelled) and len(heldout_labelled.labels) > 0
+    if not supervised:
+        return None
+    if protocol == "knn":
+        return _knn(train_labelled, heldout_labelled, config)
+    return _linear_probe(train_labelled, heldout_labelled, num_classes=num_classes, seed=seed)
+
+
+def _linear_probe(
+    train: LabelledFeatures, heldout: LabelledFeatures, *, num_classes: int, seed: int
+) -> JsonObject:
+    counts = torch.unique(train.labels, return_counts=True)[1]
+    protocol = ProbeProtocol(seed=seed)
+    if int(counts.max()) == 1:  # nothing can be held out to choose a rate
+        protocol = ProbeProtocol(seed=seed, learning_rates=(ONE_SHOT_RATE,))
+    probe = linear_probe(
+        train.features,
+        train.labels,
+        heldout.features,
+        heldout.labels,
+        num_classes=num_classes,
+        protocol=protocol,
+    )
+    best = probe.best
+    return {"top1": best.top1, "top5": best.top5, SETTINGS: {"lr": best.lr}}
 
 
 def _knn(

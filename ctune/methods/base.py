@@ -30,6 +30,8 @@ class Batch:
     """uint8 images [B, 3, S, S], or cached features float [B, D]."""
     labels: Tensor
     """int64 [B]; -1 where an image has no label."""
+    positions: Indices
+    """Which images of the training split these are, [B]."""
     sizes_px: Tensor
     """Original (height, width) of each image [B, 2]; empty [0, 2] with cached features."""
 
@@ -134,6 +136,7 @@ class ImageSource:
         return Batch(
             inputs=self.cache.batch(positions).to(self.device, non_blocking=True),
             labels=self.labels[positions].to(self.device, non_blocking=True),
+            positions=positions,
             sizes_px=self.cache.sizes(positions),
         )
 
@@ -151,6 +154,7 @@ class FeatureSource:
         return Batch(
             inputs=self.features[index],
             labels=self.labels[index],
+            positions=positions,
             sizes_px=torch.empty(0, 2, dtype=torch.int64),
         )
 

@@ -8,7 +8,13 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from ctune.config import RunConfig, check, resolve
-from ctune.encoders import EncoderConfig, ModelEncoder, TimmEncoder, check_encoder
+from ctune.encoders import (
+    EncoderConfig,
+    ModelEncoder,
+    TimmEncoder,
+    check_encoder,
+    check_model_encoder,
+)
 from ctune.manifest import DatasetSummary
 from ctune.methods import MethodConfig
 from ctune.methods.linear_probe.config import LinearProbeConfig
@@ -76,9 +82,8 @@ def _faults_of_rest(session: Session, rejected: Rejected) -> list[Fault]:
 def _faults(session: Session, config: RunConfig, dataset_id: str | None) -> list[Fault]:
     encoder = config.encoder
     faults = [] if dataset_id is None else _dataset_faults(session, dataset_id)
-    if isinstance(encoder, ModelEncoder) and not _model_exists(session, encoder.id):
-        detail = f"there is no model {show(encoder.id)}. GET /models lists those there are."
-        faults.append(Fault(pointer="/encoder/id", code="unknown_model", detail=detail))
+    if isinstance(encoder, ModelEncoder):
+        faults += _model_faults(session, encoder)
     if dataset_id is None or (faults and faults[0].pointer == "/dataset"):
         known = check_encoder(encoder)
         moved = [f.model_copy(update={"pointer": "/encoder" + f.pointer}) for f in known]
@@ -87,9 +92,14 @@ def _faults(session: Session, config: RunConfig, dataset_id: str | None) -> list
     return faults + check(config, DatasetSummary.model_validate(dataset.summary))
 
 
-def _model_exists(session: Session, model_id: str) -> bool:
-    wanted = select(Model).where(Model.id == checked(model_id)).with_for_update(read=True)
-    return session.scalars(wanted).one_or_none() is not None
+def _model_faults(session: Session, encoder: ModelEncoder) -> list[Fault]:
+    wanted = select(Model).where(Model.id == checked(encoder.id)).with_for_update(read=True)
+    model = session.scalars(wanted).one_or_none()
+    if model is None:
+        detail = f"there is no model {show(encoder.id)}. GET /models lists those there are."
+        return [Fault(pointer="/encoder/id", code="unknown_model", detail=detail)]
+    found = check_model_encoder(encoder, model.info)
+    return [f.model_copy(update={"pointer": "/encoder" + f.pointer}) for f in found]
 
 
 def _dataset_faults(session: Session, dataset_id: str) -> list[Fault]:

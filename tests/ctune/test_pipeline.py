@@ -2,11 +2,11 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,24 +213,41 @@ def test_all_faults_of_a_config_are_told_at_once(tmp_path: Path, store: Path) ->
     assert "/method/contrastive/batch_size" in last.message
 
 
-def test_the_library_runs_from_an_archive_without_a_service(tmp_path: Path, archive: Path) -> None:
+def run_library(config: dict[str, Any], data: Path, out_dir: Path) -> str:
+    """Run `ctune.run` in a process of its own and return what it printed."""
     script = (
         "import sys, ctune\n"
         "assert 'torch' not in sys.modules\n"
-        f"result = ctune.run({tiny_config('linear_probe')!r}, {str(archive)!r}, 'out')\n"
+        "from ctune.errors import CtuneError\n"
+        f"try:\n    result = ctune.run({config!r}, {str(data)!r}, {str(out_dir)!r})\n"
+        "except CtuneError as error:\n    sys.exit(f'{error.error_code}: {error.message}')\n"
         "print(result['evaluation']['after']['classifier']['top1'])\n"
+        "import ctune.run\n"
+        "assert callable(ctune.run), 'the module hides the function'\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) >= 0.5
-    last = events(RunDir(tmp_path / "out"))[-1]
-    assert isinstance(last, Finished)
-    shutil.rmtree(tmp_path / "out")
+    return done.stdout if done.returncode == 0 else done.stderr
+
+
+def test_the_library_runs_without_a_service(tmp_path: Path, archive: Path) -> None:
+    out_dir, config = tmp_path / "out", tiny_config("linear_probe")
+    assert float(run_library(config, archive, out_dir)) >= 0.5
+    assert isinstance(events(RunDir(out_dir))[-1], Finished)
+    folder = tmp_path / "images"
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(folder)
+    said = run_library(config, folder, out_dir)
+    assert said.startswith("invalid_config") and "other images" in said
+    assert isinstance(events(RunDir(out_dir))[-1], Failed)
+    of_folder = tmp_path / "of folder"
+    first = run_library(config, folder, of_folder)
+    assert float(first) >= 0.5
+    assert run_library(config, folder, of_folder) == first, "the same folder resumes"
+    assert list(of_folder.glob("*.zip")) == []

@@ -129,6 +129,7 @@ def add_model(session: Session, storage: Storage, job_id: str | None = None) -> 
     (folder / "model.json").write_text("{}")
     (folder / "reference" / "000.png").write_bytes(png((3, 3), 7))
     info = {"architecture": "vit_tiny_patch16_224", "embed_dim": 192, "image_size_px": 32}
+    info["model_args"] = {"patch_size": 8}
     model = Model(
         id=model_id, name="m", job_id=job_id, created_at=1.5, size_bytes=1_048_576, info=info
     )

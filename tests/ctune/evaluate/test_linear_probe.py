@@ -168,7 +168,10 @@ def test_few_classes_and_half_precision_features() -> None:
         ({"test_labels": TEST_LABELS.double()}, "dtype torch.float64"),
         ({"num_classes": 5}, "lies in [0, 5] with num_classes 5"),
         ({"train_labels": TRAIN_LABELS - 1}, "lies in [-1, 4]"),
-        ({"train_features": TRAIN[:6], "train_labels": TRAIN_LABELS[:6]}, "holds out none of 6"),
+        (
+            {"train_features": TRAIN[:6], "train_labels": TRAIN_LABELS[:6]},
+            "no class of the 6 train samples",
+        ),
     ],
 )
 def test_refuses(changes: dict[str, Any], message: str) -> None:

@@ -1,9 +1,11 @@
 """The protocols of a run: what is asked for, what the labels allow, scores and settings apart."""
 
+import pytest
 import torch
 
 from ctune.config import EvaluationConfig
 from ctune.evaluate.protocols import LabelledFeatures, evaluate
+from ctune.events import Warned
 from ctune.schema import JsonObject
 from ctune.scores import score_rows
 
@@ -20,7 +22,10 @@ def run(
     train: LabelledFeatures, heldout: LabelledFeatures, **config: object
 ) -> dict[str, JsonObject]:
     asked = EvaluationConfig.model_validate(config)
-    return dict(evaluate(train, heldout, asked, num_classes=4, seed=0))
+    told: list[Warned] = []
+    results = evaluate(train, heldout, asked, num_classes=4, seed=0, warn=told.append)
+    assert told == []
+    return results
 
 
 def test_separable_classes_score_high_everywhere() -> None:
@@ -64,3 +69,19 @@ def test_the_isotropy_sample_is_seeded_and_capped() -> None:
     assert torch.equal(data.sample(30, seed=0).features, data.sample(30, seed=0).features)
     assert not torch.equal(data.sample(30, seed=0).features, data.sample(30, seed=1).features)
     assert data.sample(1000, seed=0) is data
+
+
+@pytest.mark.parametrize("per_class", [1, 2, 5])
+def test_few_images_per_class_are_probed(per_class: int) -> None:
+    results = run(blobs(per_class, 4, 0), blobs(10, 4, 1))
+    assert results["linear_probe"]["top1"] >= 0.75
+    assert results["knn"]["settings"]["k"] == min(20, 4 * per_class)
+
+
+def test_a_score_that_one_image_cannot_have_is_left_out_with_a_warning() -> None:
+    heldout = blobs(1, 1, 1)
+    told: list[Warned] = []
+    asked = EvaluationConfig()
+    results = evaluate(blobs(5, 4, 0), heldout, asked, num_classes=4, seed=0, warn=told.append)
+    assert set(results) == {"knn", "linear_probe"}
+    assert [(w.code, "isotropy" in w.message) for w in told] == [("not_scored", True)]

@@ -155,7 +155,9 @@ def test_views_of_one_image_stay_together() -> None:
         loss_floor=None,
     )
     method.watch.remember = lambda encoder: None  # type: ignore[method-assign]
-    batch = Batch(inputs=pixels, labels=labels, sizes_px=torch.full((4, 2), 8))
+    batch = Batch(
+        inputs=pixels, labels=labels, positions=np.arange(4), sizes_px=torch.full((4, 2), 8)
+    )
     loss = method.step(batch, torch.Generator().manual_seed(1)).loss
     features = (colours / 255)[:, None, :].expand(4, 3, 3)
     expected = supervised_contrastive_loss(

@@ -67,6 +67,19 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         "size_not_multiple_of_patch",
     ),
     (
+        "option with a place of its own",
+        {"encoder": {**rows.ENCODER, "options": {"patch_size": 8, "num_classes": 10}}},
+        "/encoder/options/num_classes",
+        "unknown_option",
+    ),
+    (
+        "option of the loader",
+        {"encoder": {**rows.ENCODER, "options": {"patch_size": 8, "checkpoint_path": "x"}}},
+        "/encoder/options/checkpoint_path",
+        "unknown_option",
+    ),
+    ("several GPUs", {"resources": {"gpus": 2}}, "/resources/gpus", "out_of_range"),
+    (
         "unknown model",
         {"encoder": {"source": "model", "id": "mdl_x"}},
         "/encoder/id",
@@ -167,9 +180,13 @@ def test_one_class_only_is_a_fault(api: Api) -> None:
 def test_a_model_can_be_the_encoder(api: Api) -> None:
     with api.database.writing() as session:
         model = rows.add_model(session, api.storage).id
-    encoder = {"source": "model", "id": model}
-    answer = api.client.post("/jobs", json=rows.job_body(ready(api), encoder=encoder))
+    encoder: dict[str, Any] = {"source": "model", "id": model}
+    dataset = ready(api)
+    answer = api.client.post("/jobs", json=rows.job_body(dataset, encoder=encoder))
     assert answer.status_code == 201, answer.text
+    encoder["image_size_px"] = 44
+    found = faults(api.client.post("/jobs", json=rows.job_body(dataset, encoder=encoder)))
+    assert found["/encoder/image_size_px"]["code"] == "size_not_multiple_of_patch"
 
 
 @pytest.mark.parametrize("body", ["{", "", '{"a": 1e5', "[1]", "3", "null", '"x"', "{'a': 1}"])
