@@ -32,6 +32,7 @@ $(INSTALLED): pyproject.toml
 	fi
 	@if [ ! -x $(BIN)/python ]; then \
 		$(PYTHON) -m venv $(VENV) || { \
+			rm -rf $(VENV); \
 			echo "$(PYTHON) cannot make virtual environments (on Debian: apt install python3-venv)" >&2; \
 			exit 1; }; \
 	fi

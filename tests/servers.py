@@ -107,19 +107,7 @@ def postgres() -> Iterator[Server]:
     with _folder(user) as folder:
         data, port = folder / "data", free_port()
         made = subprocess.run(
-            [
-                _program("initdb"),
-                "-D",
-                data,
-                "-U",
-                "ctune",
-                "-A",
-                "trust",
-                "-E",
-                "UTF8",
-                "--locale=C",
-                "--no-sync",
-            ],
+            [_program("initdb"), "-D", data, *INITDB_OPTIONS],
             capture_output=True,
             text=True,
             **as_user(user),

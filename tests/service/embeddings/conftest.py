@@ -1,5 +1,6 @@
 """Small exported models and a real embedding server."""
 
+import base64
 import io
 import os
 import shutil
@@ -12,11 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
@@ -26,6 +29,8 @@ from ctune.export import export_model
 
 OPTIONS = {"patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2}
 START_S = 60
+
+Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,28 @@ def as_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def data_uri(image: Image.Image) -> str:
+    """Return a PNG as JSON bodies carry it."""
+    return "data:image/png;base64," + base64.b64encode(as_png(image)).decode()
+
+
+def embed(server: EmbedServer, images: list[Image.Image], **fields: Any) -> Vectors:
+    """Return the vectors that the server answers, by default those of `mdl_a`."""
+    body = {"model": "mdl_a", "input": [data_uri(image) for image in images], **fields}
+    answer = server.http.post("/embed", json=body)
+    assert answer.status_code == 200, answer.text
+    return np.array([item["embedding"] for item in answer.json()["data"]], np.float32)
+
+
+def problem(answer: httpx.Response, status: int) -> dict[str, Any]:
+    """Return the body of an answer that must be a problem with this status."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = answer.json()
+    assert body["status"] == status and body["detail"] and body["error"]["message"]
+    return body
 
 
 def export_tiny(path: Path, *, seed: int, classes: list[str] | None) -> None:
