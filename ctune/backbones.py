@@ -67,7 +67,7 @@ class Encoder(nn.Module):
         """Licence of the weights it started from; ``unknown``; none for a start from scratch."""
         width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
         self.embed_dim = int(width)  # type: ignore[arg-type]
-        blocks = getattr(backbone, "blocks", None)
+        blocks = getattr(backbone, "blocks", None) if hasattr(backbone, "patch_embed") else None
         self.num_blocks = len(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else 0
         """Transformer blocks ``blocks.k``, for layer decay; 0 where parameters have other names."""
 

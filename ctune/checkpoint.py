@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ctune.errors import CheckpointError
-from ctune.rundir import fsync_directory, write_atomically
+from ctune.rundir import fsync_directory, fsync_file, write_atomically
 from ctune.schema import JsonObject, Schema
 
 FORMAT_VERSION = 1
@@ -59,6 +59,7 @@ def save_checkpoint(
         tensors: dict[str, torch.Tensor] = {}
         skeleton = _split(state, "", tensors)
         save_file(tensors, temporary / "tensors.safetensors")
+        fsync_file(temporary / "tensors.safetensors")
         write_atomically(temporary / "state.json", json.dumps(skeleton).encode())
         names = ("state.json", "tensors.safetensors")
         manifest = CheckpointManifest(
@@ -116,6 +117,11 @@ def prune_checkpoints(folder: Path, *, keep: Iterable[str]) -> list[str]:
 def checkpoint_name(stage: str, step: int) -> str:
     """Return the directory name of a checkpoint."""
     return f"{stage}-{step:08d}"
+
+
+def optimizer_state(saved: JsonObject) -> JsonObject:
+    """Return an optimizer's state dict with the integer keys that JSON turned into strings."""
+    return saved | {"state": {int(key): value for key, value in saved["state"].items()}}
 
 
 def _order(path: Path) -> tuple[int, int]:

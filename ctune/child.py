@@ -32,6 +32,8 @@ from ctune.events import EventBase, EventWriter, Failed, Finished, Stopped
 from ctune.rundir import RunDir
 from ctune.schema import JsonObject
 
+BEGUN = time.monotonic()
+"""When this process began, nearly: children import this module before anything large."""
 PR_SET_PDEATHSIG = 1
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 ASK_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -178,8 +180,8 @@ class _Watch:
         self.grace_s = _seconds("CTUNE_GRACE_S")
         self.parent_pid = int(os.environ.get("CTUNE_PARENT_PID") or 0)
         self.tick_s = min([1.0, *(s / 4 for s in (self.fence_s, self.grace_s) if s)])
-        self.lease_content: bytes | None = None
-        self.lease_seen = time.monotonic()
+        self.lease_content = self._read_lease()  # as old as this process, at least
+        self.lease_seen = BEGUN
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._loop, name="ctune-watch", daemon=True)
 
@@ -208,14 +210,14 @@ class _Watch:
             self.stop.request("the supervisor died")
         if self.fence_s is None:
             return
-        content = self._lease_content()
+        content = self._read_lease()
         if content is not None and content != self.lease_content:
             self.lease_content = content
             self.lease_seen = time.monotonic()
         elif time.monotonic() - self.lease_seen > self.fence_s:
             self.stop.request("lease lost")
 
-    def _lease_content(self) -> bytes | None:
+    def _read_lease(self) -> bytes | None:
         try:
             return self.lease.read_bytes()
         except OSError:  # not written yet, or not readable: it counts as not renewed
@@ -227,14 +229,16 @@ class _Watch:
             return
         if self.stop.since is not None:
             end = self.stop.since + self.grace_s
-            if self.lease_s is not None:  # whatever the grace, never beside a successor
-                end = min(end, self.lease_seen + LEASE_SHARE * self.lease_s)
-            left_s = end - time.monotonic()
-            if left_s <= 0:
-                _die()
-            signal.setitimer(signal.ITIMER_REAL, left_s + BACKSTOP_S)
         elif self.fence_s is not None:
-            signal.setitimer(signal.ITIMER_REAL, self.fence_s + self.grace_s + BACKSTOP_S)
+            end = time.monotonic() + self.fence_s + self.grace_s
+        else:
+            return
+        if self.lease_s is not None:  # whatever the grace, never beside a successor
+            end = min(end, self.lease_seen + LEASE_SHARE * self.lease_s)
+        left_s = end - time.monotonic()
+        if left_s <= 0:
+            _die()
+        signal.setitimer(signal.ITIMER_REAL, left_s + BACKSTOP_S)
 
 
 def _die() -> None:

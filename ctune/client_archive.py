@@ -25,11 +25,19 @@ def zip_folder(folder: Path, *, beside: Path | None = None) -> Iterator[BinaryIO
     with tempfile.NamedTemporaryFile(suffix=".zip", dir=beside) as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for path in sorted(folder.rglob("*")):
-                if path.is_file():
-                    archive.write(path, path.relative_to(folder).as_posix())
+                if path.is_file() and not path.samefile(file.name):
+                    _add(archive, path, path.relative_to(folder).as_posix())
         file.flush()
         file.seek(0)
         yield file  # type: ignore[misc]  # a BinaryIO by all it does
+
+
+def _add(archive: zipfile.ZipFile, path: Path, name: str) -> None:
+    """Store a file under a constant date: a copy of the folder gives the same bytes."""
+    info = zipfile.ZipInfo(name)  # dated 1980, the earliest that a zip can say
+    info.file_size = path.stat().st_size
+    with path.open("rb") as source, archive.open(info, "w") as target:
+        shutil.copyfileobj(source, target)
 
 
 def unpack_model(archive: BinaryIO, folder: Path) -> None:

@@ -155,12 +155,15 @@ LAST_WORDS = (Stopped, Failed, Finished)
 class EventWriter:
     """Appends events to a file, one flushed line each; safe to call from several threads.
 
-    On a file that has events already, numbering goes on behind them.
+    On a file that has events already, numbering goes on behind them; a last line that was not
+    completed is dropped.
     """
 
     def __init__(self, path: Path) -> None:
-        self._seq = sum(1 for _ in read_events(path))
+        ends = [end for _, end in read_events(path)]
+        self._seq = len(ends)
         self._file = path.open("a", encoding="utf-8")
+        self._file.truncate(ends[-1] if ends else 0)
         self._lock = threading.Lock()
 
     def write(self, event: EventBase) -> None:

@@ -10,13 +10,16 @@ from torch import Tensor
 from ctune.backbones import Encoder
 from ctune.child import StopRequest
 from ctune.data import ImageCache, working_size_px
+from ctune.errors import DivergedError
 from ctune.evaluate.protocols import LabelledFeatures
 from ctune.events import EventBase, StageStarted
 from ctune.manifest import Split
 from ctune.samplers import Indices
 from ctune.store import PackedStore
 
-ENCODE_BATCH = 256
+ENCODE_PIXELS = 256 * 224**2
+"""Pixels encoded at a time: 256 images of 224 px."""
+ENCODE_IMAGES = 256
 
 
 class RunImages:
@@ -65,17 +68,28 @@ class RunImages:
         return self.decoded("train", working_size_px(self._store.manifest.summary, image_size_px))
 
     def encode(self, encoder: Encoder, split: Split, device: torch.device) -> Tensor:
-        """Return features h [N, D] of a split, float32 on the device, encoder in eval mode."""
+        """Return features h [N, D] of a split, float32 on the device, encoder in eval mode.
+
+        Raises:
+            DivergedError: a feature is not finite.
+        """
         images = self.decoded(split, encoder.image_size_px)
+        batch = max(1, min(ENCODE_IMAGES, ENCODE_PIXELS // encoder.image_size_px**2))
         encoder.eval()
         parts = []
         with torch.no_grad():
-            for start in range(0, len(images), ENCODE_BATCH):
+            for start in range(0, len(images), batch):
                 self._stop.check()
-                positions = np.arange(start, min(start + ENCODE_BATCH, len(images)))
+                positions = np.arange(start, min(start + batch, len(images)))
                 pixels = images.batch(positions).to(device)
                 parts.append(encoder(encoder.preprocessing.normalise(pixels)).float())
-        return torch.cat(parts)
+        features = torch.cat(parts)
+        if not bool(torch.isfinite(features).all()):
+            raise DivergedError(
+                f"the encoder gives vectors of {split} images that are not finite",
+                hint="check the encoder's weights, or lower the learning rate",
+            )
+        return features
 
     def features(self, encoder: Encoder, split: Split, device: torch.device) -> LabelledFeatures:
         """Return features and labels of a split."""

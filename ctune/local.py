@@ -44,6 +44,11 @@ def open_data(data: Path, run_dir: RunDir) -> Path:
     if (data / MANIFEST).exists():
         return data.absolute()
     if data.is_dir():
+        if run_dir.root.is_relative_to(data.absolute()):
+            raise ConfigError(
+                f"the run directory {run_dir.root} lies inside the images {data}",
+                hint="use a run directory beside them",
+            )
         with zip_folder(data, beside=run_dir.root) as packed:
             return _unpack(Path(packed.name), run_dir, called=data)
     return _unpack(data, run_dir, called=data)

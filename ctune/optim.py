@@ -239,7 +239,7 @@ def linear_head_sgd(
 def _layer_id(name: str, num_blocks: int) -> int:
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
         return 0
-    if name.startswith("blocks."):
+    if name.startswith("blocks.") and num_blocks:  # 0: no transformer, everything is the top
         block = int(name.split(".")[1])
         if block >= num_blocks:
             raise ValueError(

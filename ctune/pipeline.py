@@ -20,13 +20,15 @@ from ctune.checkpoint import (
     checkpoint_name,
     find_checkpoints,
     load_checkpoint,
+    optimizer_state,
     prune_checkpoints,
     save_checkpoint,
 )
 from ctune.child import StopRequest
 from ctune.config import RunConfig, check, resolve
+from ctune.device import choose_device
 from ctune.encoders import TimmEncoder
-from ctune.errors import CheckpointError, ConfigError
+from ctune.errors import CheckpointError, ConfigError, OutOfMemoryError
 from ctune.evaluate.accuracy import topk_accuracy
 from ctune.evaluate.protocols import evaluate
 from ctune.events import (
@@ -86,6 +88,8 @@ class Run:
         self._summary = self._store.manifest.summary
         self._device = choose_device(self._config.resources.gpus)
         self._warnings: list[JsonObject] = []
+        self._started_at = time.monotonic()
+        self._earlier_s = 0.0
         self._images = RunImages(
             self._store,
             run_dir.cache,
@@ -101,17 +105,27 @@ class Run:
             CtuneError: the run cannot be done; the error says why and what to do.
             StopRequested: a stop was asked for; the last checkpoint is complete.
         """
-        started_at = time.monotonic()
+        try:
+            return self._execute()
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"the memory of the device does not hold the run: {error}",
+                hint="lower batch_size or image_size_px, or use a larger GPU",
+            ) from error
+
+    def _execute(self) -> JsonObject:
         faults = check(self._config, self._summary)
         if faults:
             raise ConfigError("; ".join(f"{fault.pointer}: {fault.detail}" for fault in faults))
-        if self._heldout is None:
-            self._warn_no_heldout()
         seed_everything(self._config.seed, "encoder")
         self._encoder = self._build_encoder()
         resumed = self._find_checkpoint()
         self._emit(Started(message=self._describe_start(resumed), details=self._versions()))
         state: JsonObject = resumed[1] if resumed else {}
+        self._warnings += state.get("warnings", [])
+        self._earlier_s = state.get("elapsed_s", 0.0)
+        if resumed is None and self._heldout is None:
+            self._warn_no_heldout()
         before = state.get("before")
         if before is None and self._config.evaluation.before:
             before = self._evaluate("before")
@@ -125,14 +139,12 @@ class Run:
             self._emit(warning)
         model = self._export(program.modules, before, after)
         shutil.rmtree(self._run_dir.cache, ignore_errors=True)
-        last = program.plans[-1]
-        self._report_progress(program.plans, len(program.plans) - 1, last.total_steps, None)
         return {
             "model": model,
             "evaluation": {"before": before, "after": after},
             "warnings": self._warnings,
             "image_passes": sum(plan.image_passes for plan in program.plans),
-            "train_s": time.monotonic() - started_at,
+            "train_s": self._elapsed_s(),
         }
 
     # --- training ---
@@ -170,7 +182,7 @@ class Run:
             self._emit(StageStarted(stage=plan.name, step=start_step, total_steps=plan.total_steps))
             stage = plan.start()
             if start_step and resumed:
-                stage.optimizer.load_state_dict(_optimizer_state(resumed[1]["optimizer"]))
+                stage.optimizer.load_state_dict(optimizer_state(resumed[1]["optimizer"]))
             seed_everything(self._config.seed, plan.name, "start")
             hooks = Hooks(
                 emit=self._emit,
@@ -190,6 +202,8 @@ class Run:
                 start_step=start_step,
                 hooks=hooks,
             )
+        end = program.plans[-1].total_steps
+        self._report_progress(program.plans, len(program.plans) - 1, end, None)
 
     def _save(
         self,
@@ -204,6 +218,8 @@ class Run:
         state = {
             "fingerprint": self._fingerprint,
             "before": before,
+            "warnings": self._warnings,
+            "elapsed_s": self._elapsed_s(),
             "modules": program.modules.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
@@ -300,9 +316,11 @@ class Run:
     def _evaluate(
         self, when: Literal["before", "after"], modules: nn.ModuleDict | None = None
     ) -> JsonObject:
-        self._emit(StageStarted(stage="evaluating"))
         if self._heldout is None:
             return {}
+        for split in ("train", self._heldout):
+            self._images.decoded(split, self._encoder.image_size_px)
+        self._emit(StageStarted(stage="evaluating"))
         train = self._images.features(self._encoder, "train", self._device)
         heldout = self._images.features(self._encoder, self._heldout, self._device)
         results: JsonObject = evaluate(
@@ -346,6 +364,10 @@ class Run:
 
     # --- small things ---
 
+    def _elapsed_s(self) -> float:
+        """Return how long the run took, up to the checkpoints that it resumed from included."""
+        return self._earlier_s + time.monotonic() - self._started_at
+
     def _emit(self, event: EventBase) -> None:
         if isinstance(event, Warned):
             self._warnings.append(event.model_dump(include={"code", "message", "hint"}))
@@ -375,24 +397,3 @@ def run_directory(
     if file is None:
         file = RunFile.model_validate_json(run_dir.config.read_bytes())
     return Run(file, run_dir.create(), events=events, stop=stop).execute()
-
-
-def choose_device(gpus: int | None) -> torch.device:
-    """Return the device: the CPU for 0, the GPU for 1, the GPU if there is one for None.
-
-    Raises:
-        ConfigError: a GPU is asked for and there is none.
-    """
-    if gpus == 0 or (gpus is None and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f"resources.gpus is {gpus}, but no GPU is visible here",
-            hint="set resources.gpus to 0 or run on a machine with a GPU",
-        )
-    return torch.device("cuda", 0)
-
-
-def _optimizer_state(saved: JsonObject) -> JsonObject:
-    """Return an optimizer's state dict with the integer keys that JSON turned into strings."""
-    return saved | {"state": {int(key): value for key, value in saved["state"].items()}}

@@ -75,6 +75,15 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def fsync_directory(path: Path) -> None:
     """Make a rename inside `path` survive a power loss."""
+    _fsync(path)
+
+
+def fsync_file(path: Path) -> None:
+    """Make the content of a written file survive a power loss."""
+    _fsync(path)
+
+
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -148,8 +148,10 @@ class Engine:
             model = load_model(folder, device=self._device)
             found = model.verify()
         except (EncoderError, OSError) as error:
+            self._find(model_id)  # deleted while it was read: that is no damage
             said = f"{error}. {error.hint}" if isinstance(error, EncoderError) else str(error)
             _log.warning("model %s cannot be loaded: %s", model_id, said)
             raise ModelUnusableError(said.replace(str(folder), model_id)) from error
+        self._find(model_id)
         _log.info("model %s loaded: cosine to its reference %.6f", model_id, found.min_cosine)
         return model

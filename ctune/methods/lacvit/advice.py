@@ -141,7 +141,7 @@ def advise(before: JsonObject | None, after: JsonObject) -> list[Warned]:
     """Return what the scores before and after tuning call for."""
     found = []
     isotropy = after.get("isotropy", {})
-    if isotropy.get("train_gap", 0.0) - isotropy.get("gap", 0.0) > 0.5:
+    if isotropy.get("train_gap", 0.0) - isotropy.get("gap", 1.0) > 0.5:
         found.append(
             Warned(
                 code="overfit",

@@ -152,7 +152,7 @@ class LaCViTConfig(MethodConfigBase):
             return faults
         stage = self.contrastive
         if stage.batch_sampler == "class_balanced":
-            classes = len(summary.train_classes)
+            classes = sum(count > 0 for count in summary.train_classes.values())
             wanted = stage.batch_size // stage.samples_per_class
             if wanted > classes:
                 faults.append(
@@ -160,8 +160,8 @@ class LaCViTConfig(MethodConfigBase):
                         pointer="/contrastive/samples_per_class",
                         code="too_few_classes",
                         detail=f"a batch of {stage.batch_size} with {stage.samples_per_class}"
-                        f" images per class needs {wanted} classes; the data set has {classes}."
-                        " Raise samples_per_class or lower batch_size.",
+                        f" images per class needs {wanted} classes; the training split has"
+                        f" {classes}. Raise samples_per_class or lower batch_size.",
                     )
                 )
         images = sum(summary.train_classes.values())

@@ -97,7 +97,7 @@ def test_data_faults_are_told_with_their_place() -> None:
     balanced["method"]["contrastive"] |= {"batch_sampler": "class_balanced", "batch_size": 40}
     faults = check(RunConfig.model_validate(balanced), summary(20, 3))
     assert [f.code for f in faults] == ["too_few_classes"]
-    assert "needs 10 classes; the data set has 3" in faults[0].detail
+    assert "needs 10 classes; the training split has 3" in faults[0].detail
 
 
 def context(labels: np.ndarray) -> RunContext:
