@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from sqlalchemy import TableClause, delete, update
+from sqlalchemy import TableClause, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as postgres_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.orm import Session
@@ -46,6 +46,7 @@ def store_events(
     if lease.table is Dataset:
         return
     said_by = replace(lease, attempt=attempt)
+    events = _unheard(session, said_by, events)
     rows = [_event_row(said_by, event) for event in events if not _is_series(event)]
     _insert(session, JobEvent, rows, keys=("job_id", "attempt", "seq"))
     metrics = _metric_rows(said_by, events)
@@ -53,6 +54,15 @@ def store_events(
     for event in events:
         if isinstance(event, CheckpointSaved):
             _store_checkpoint(session, said_by, event, checkpoints)
+
+
+def _unheard(session: Session, said_by: Lease, events: Sequence[Event]) -> list[Event]:
+    """Return the events behind the last one stored: whatever precedes it was stored with it."""
+    stored = select(func.max(JobEvent.seq)).where(
+        JobEvent.job_id == said_by.id, JobEvent.attempt == said_by.attempt
+    )
+    last = session.scalar(stored)
+    return [event for event in events if last is None or event.seq > last]
 
 
 def _is_series(event: Event) -> bool:

@@ -138,3 +138,15 @@ def test_of_an_ingestion_only_progress_is_kept(database: Database) -> None:
         assert session.scalar(select(func.count()).select_from(JobEvent)) == 0
     assert progress is not None
     assert progress["fraction"] == 0.2
+
+
+def test_an_earlier_attempt_that_is_read_again_keeps_its_checkpoints(database: Database) -> None:
+    """Their ids are links that somebody may hold."""
+    add_jobs(database)
+    lease = claim_job(database)
+    _store(database, lease, SAID)
+    with database.reading() as session:
+        before = session.scalars(select(Checkpoint.id)).all()
+    _store(database, lease, SAID[:6])  # up to the checkpoint that was pruned since
+    with database.reading() as session:
+        assert session.scalars(select(Checkpoint.id)).all() == before
