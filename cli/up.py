@@ -100,7 +100,8 @@ def run_up(address: Address, settings: Settings) -> int:
 NOT_LOOPBACK = (
     "refusing to listen on {host}: there are no API keys yet, so everybody who reaches this address"
     " could read and change everything. Listen on 127.0.0.1 (the default) and reach it through"
-    " `ssh -L {port}:127.0.0.1:{port} THIS_MACHINE`, or through a proxy that authenticates."
+    " `ssh -L {port}:127.0.0.1:{port} THIS_MACHINE`, or through a proxy that authenticates and"
+    " sends `Host: 127.0.0.1` (the service refuses other names)."
 )
 
 

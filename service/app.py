@@ -162,7 +162,7 @@ def refusal(host: str, port: int) -> tuple[int, str] | None:
         f"refusing to listen on {host}: there are no API keys yet, so everybody who reaches this"
         " address could read and change everything. Listen on 127.0.0.1 (the default) and reach it"
         f" through `ssh -L {port}:127.0.0.1:{port} THIS_MACHINE`, or through a proxy that"
-        " authenticates."
+        " authenticates and sends `Host: 127.0.0.1` (the service refuses other names)."
     )
 
 

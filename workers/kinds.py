@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from ctune.rundir import RunDir, write_atomically
 from service.db import Database, now_s
 from service.jobs import lifecycle
-from service.jobs.lifecycle import Ending, Lease, Retry
+from service.jobs.lifecycle import Ending, Lease, Retry, Table
 from service.settings import Settings
 from service.storage import Storage, size_bytes
 from service.tables import Dataset, Job, new_id
@@ -85,9 +85,9 @@ class Work(ABC):
             OSError: it cannot be moved.
         """
 
-    @abstractmethod
     def clean(self) -> None:
-        """Remove what nobody needs once the row says that the work succeeded."""
+        """Remove what nobody needs once the row says that the work ended, in whatever way."""
+        clean_ended(self.storage, self.lease.table, self.lease.id)
 
     @abstractmethod
     def _run_dir(self) -> RunDir: ...
@@ -134,9 +134,6 @@ class Training(Work):
         _adopt(self.storage, made, self.storage.model(model["id"]))
         values = {"result": result, "model_id": model["id"]}
         return Ending("succeeded", "done", values=values, model=model)
-
-    def clean(self) -> None:
-        """Keep the run directory: its log and checkpoints can be asked for."""
 
     def _run_dir(self) -> RunDir:
         return self.storage.job_run(self.lease.id, self.lease.attempt)
@@ -196,10 +193,6 @@ class Ingestion(Work):
         }
         return Ending("ready", "done", values=values)
 
-    def clean(self) -> None:
-        self.storage.remove(self._archive)
-        self.storage.remove(self.run_dir.root.parent)
-
     def _run_dir(self) -> RunDir:
         return self.storage.ingest_run(self.lease.id, self.lease.attempt)
 
@@ -220,6 +213,20 @@ class Ingestion(Work):
                 "max_images": settings.max_images,
             },
         }
+
+
+def clean_ended(storage: Storage, table: Table, row_id: str) -> None:
+    """Remove what nobody needs of a row that has ended.
+
+    Of an ingestion the archive and the run directories; of a training the decoded images of its
+    attempts, while logs, events and checkpoints can be asked for.
+    """
+    if table is Dataset:
+        storage.remove(storage.upload(row_id))
+        storage.remove(storage.ingest_run(row_id, 0).root.parent)
+        return
+    for _, run in storage.job_runs(row_id):
+        storage.remove(run.cache)
 
 
 def _adopt(storage: Storage, made: Path, place: Path) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 
 from pydantic import ValidationError
+from sqlalchemy import select
 
 from ctune.events import LAST_WORDS, Event, Failed, Progress, StageStarted, read_events
 from ctune.rundir import RunDir
@@ -206,7 +207,7 @@ class Attempt:
                     return
                 time.sleep(RETRY_S)
         log.info("%s: attempt %d: %s", self.work.lease.id, self.work.lease.attempt, status)
-        if status in ("succeeded", "ready"):
+        if status in lifecycle.TERMINAL:
             self.work.clean()
 
     def _adopt(self, outcome: Outcome) -> tuple[Outcome, Ending | None]:
@@ -228,8 +229,11 @@ class Attempt:
                     status = lifecycle.requeue_lost(session, lease, error, self._context.retry)
                     return status or "lease lost"
                 case Action.RELEASE:
-                    done = lifecycle.release(session, lease, outcome.message)
-                    return "released" if done else "lease lost"
+                    if not lifecycle.release(session, lease, outcome.message):
+                        return "lease lost"
+                    # Queued, or cancelled where somebody wanted that meanwhile.
+                    found = select(lease.table.status).where(lease.table.id == lease.id)
+                    return session.scalars(found).one()
                 case Action.CANCEL:
                     ending = Ending("cancelled", outcome.message)
                 case Action.FAIL:

@@ -20,7 +20,7 @@ from service.jobs import lifecycle
 from service.jobs.lifecycle import TERMINAL, Row
 from service.queue import Announcer, Kind
 from service.tables import Checkpoint, Dataset, Job, Model, WorkerSeen
-from workers.kinds import Context
+from workers.kinds import Context, clean_ended
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,8 @@ class Sweeper:
             reaped = lifecycle.reap(session, table, self._context.retry)
         for row_id, status in reaped:
             log.warning("%s was lost and is now %s", row_id, status)
+            if status in TERMINAL:  # its worker is gone and cleans no more
+                clean_ended(self._context.storage, table, row_id)
         if not settings.broker:
             return
         with database.writing() as session:
@@ -136,14 +138,19 @@ def purge_models(context: Context, young_s: float) -> None:
 
 
 def purge_job_runs(context: Context, young_s: float) -> None:
-    """Remove run directories of deleted jobs, and all attempts but the last of ended ones."""
+    """Remove run directories of deleted jobs; of ended ones caches and all attempts but the last.
+
+    Caches are left when a job was cancelled as it waited for another attempt.
+    """
     paths = {path.name: path for path in _old(context, "jobs", 0.0)}
     known = _rows(context, Job.id, paths)
-    ended = _rows(context, Job.id, paths, Job.status.in_(TERMINAL), Job.attempt > 1)
+    ended = _rows(context, Job.id, paths, Job.status.in_(TERMINAL), Job.attempt > 0)
     for name, path in paths.items():
         if name in ended:
-            _forget_checkpoints(context, name, ended[name])
-            _discard_earlier(context, path, ended[name])
+            if ended[name] > 1:
+                _forget_checkpoints(context, name, ended[name])
+                _discard_earlier(context, path, ended[name])
+            clean_ended(context.storage, Job, name)
         elif name not in known and _age_s(path) >= young_s:
             _discard(context, path)
 

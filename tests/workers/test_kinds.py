@@ -1,12 +1,16 @@
 """What trainings and ingestions need, are told and leave behind."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from ctune.ingest import IngestFile
 from ctune.pipeline import RunFile
+from ctune.rundir import RunDir
 from service.db import Database, make_engine
+from service.jobs import lifecycle
 from service.settings import Settings
 from service.storage import Storage
 from service.tables import (
@@ -18,9 +22,11 @@ from tests.workers.rows import (
     add_dataset,
     add_job,
     add_jobs,
+    claim_job,
     get_job,
     job_ended,
     job_error,
+    job_running,
     upload,
     wait_until,
 )
@@ -107,3 +113,84 @@ def test_an_ingestion_that_fails(
     error = row().error
     assert error is not None
     assert error["code"] == "data_error"
+    _no_trace(Storage(settings.data_dir), row_id)
+
+
+@on_sqlite
+def test_an_ingestion_keeps_its_archive_until_it_is_not_repeated_any_more(
+    settings: Settings, database: Database, start_supervisor: StartSupervisor
+) -> None:
+    storage = Storage(settings.data_dir)
+    with database.writing() as session:
+        row_id = upload(session, storage, b"archive", mode="flaky")
+
+    def state() -> tuple[str, int]:
+        with database.reading() as session:
+            row = session.get_one(Dataset, row_id)
+        return row.status, row.attempt
+
+    start_supervisor(max_attempts=2, retry_backoff_s=1.0)
+    wait_until(lambda: state() == ("queued", 1))
+    assert storage.upload(row_id).read_bytes() == b"archive"
+    assert storage.ingest_run(row_id, 1).events.exists()
+    wait_until(lambda: state() == ("failed", 2))
+    _no_trace(storage, row_id)
+
+
+def _no_trace(storage: Storage, row_id: str) -> None:
+    """Wait until an ingestion has left neither archive nor run directory nor store."""
+    wait_until(lambda: not storage.upload(row_id).exists())
+    wait_until(lambda: not (storage.root / "runs" / row_id).exists())
+    assert list((storage.root / "stores").iterdir()) == []
+
+
+@on_sqlite
+@pytest.mark.parametrize("status", ["succeeded", "failed", "cancelled"])
+def test_an_ended_training_leaves_no_decoded_images(
+    settings: Settings, database: Database, start_supervisor: StartSupervisor, status: str
+) -> None:
+    work_s = 1.0 if status == "succeeded" else 60.0
+    limit = {"max_duration_s": 1} if status == "failed" else {}
+    (job_id,) = add_jobs(database, stub={"work_s": work_s}, resources=limit)
+    lease = claim_job(database)
+    with database.writing() as session:
+        lifecycle.release(session, lease, "the worker stops")
+    storage = Storage(settings.data_dir)
+    runs = [storage.job_run(job_id, attempt) for attempt in (1, 2)]
+    _cache(runs[0])
+    start_supervisor()
+    wait_until((runs[1].root / "step").exists)
+    _cache(runs[1])
+    if status == "cancelled":
+        with database.writing() as session:
+            lifecycle.request_cancel(session, job_id)
+    assert job_ended(database, job_id).status == status
+    wait_until(lambda: not any(run.cache.exists() for run in runs))
+    assert runs[0].checkpoints.is_dir()
+    assert all(path.exists() for path in (runs[1].log, runs[1].events, runs[1].checkpoints))
+
+
+@on_sqlite
+def test_a_job_that_is_cancelled_as_its_worker_stops_leaves_no_decoded_images(
+    settings: Settings, database: Database, start_supervisor: StartSupervisor
+) -> None:
+    (job_id,) = add_jobs(database, stub={"mode": "ignore SIGTERM"})
+    supervisor = start_supervisor(beat_s=60.0)
+    run = RunDir(job_running(database, settings, job_id, "ignoring"))
+    _cache(run)
+    stopping = threading.Thread(target=supervisor.stop)
+    stopping.start()
+    time.sleep(0.3)  # the child was asked to end; it has a second
+    with database.writing() as session:
+        lifecycle.request_cancel(session, job_id)
+    stopping.join()
+    assert get_job(database, job_id).status == "cancelled"
+    assert not run.cache.exists()
+    assert run.log.exists()
+
+
+def _cache(run: RunDir) -> None:
+    """Leave decoded images in a run directory."""
+    run.create()
+    (run.cache / "train-16").mkdir(parents=True)
+    (run.cache / "train-16" / "pixels").touch()

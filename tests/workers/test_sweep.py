@@ -74,6 +74,48 @@ def test_lost_rows_are_taken_back(context: Context, database: Database) -> None:
     assert lost.error["code"] == "lost"
 
 
+def test_what_nobody_needs_of_lost_rows_goes_once_they_are_not_repeated(
+    context: Context, root: Path, database: Database
+) -> None:
+    (repeated, given_up) = add_jobs(database, count=2)
+    with database.writing() as session:
+        datasets = [upload(session, context.storage, b"1") for _ in range(2)]
+        rows: list[Job | Dataset] = [session.get_one(Job, repeated), session.get_one(Job, given_up)]
+        rows += [session.get_one(Dataset, row_id) for row_id in datasets]
+        for n, row in enumerate(rows):
+            row.status, row.attempt, row.lost_attempts = "running", 1, 2 * (n % 2)
+            row.owner, row.lease_until = "x", 1.0
+    for job_id in (repeated, given_up):
+        _make(root / "jobs" / job_id / "a1" / "cache")
+        context.storage.job_run(job_id, 1).log.touch()
+    for row_id in datasets:
+        _make(root / "runs" / row_id / "a1")
+    Sweeper(context, Announcer(context.settings), wake=lambda: None).sweep()
+    assert get_job(database, repeated).status == "queued"
+    assert get_job(database, given_up).status == "failed"
+    assert [path.parts[-3] for path in (root / "jobs").glob("*/*/cache")] == [repeated]
+    assert context.storage.job_run(given_up, 1).log.exists()
+    for folder in ("uploads", "runs"):
+        assert [path.name for path in (root / folder).iterdir()] == datasets[:1]
+
+
+def test_a_cancelled_job_that_had_run_before_leaves_no_decoded_images(
+    context: Context, root: Path, database: Database
+) -> None:
+    (job_id,) = add_jobs(database)
+    lease = claim_job(database)
+    run = _make(root / "jobs" / job_id / "a1")
+    _make(run / "cache")
+    with database.writing() as session:
+        lifecycle.release(session, lease, "the worker stops")
+    purge(context)
+    assert (run / "cache").exists()
+    with database.writing() as session:
+        lifecycle.request_cancel(session, job_id)
+    purge(context)
+    assert [path.name for path in run.iterdir()] == ["file"]
+
+
 def test_the_thread_sweeps_until_it_is_stopped(context: Context, database: Database) -> None:
     sweeper = Sweeper(context, Announcer(context.settings), wake=lambda: None)
     sweeper.start()
