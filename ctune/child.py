@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ctune.errors import CtuneError, RunInUseError
+from ctune.errors import CtuneError, DiskFullError, RunInUseError
 from ctune.events import EventBase, EventWriter, Failed, Finished, Stopped
 from ctune.rundir import RunDir
 from ctune.schema import JsonObject
@@ -140,12 +140,12 @@ def _last_word(body: Body, run_dir: RunDir, *, events: EventWriter, stop: StopRe
 
 
 def _disk_full(error: OSError) -> Failed:
-    return Failed(
-        code="disk_full",
-        message=f"no space left while writing {error.filename or 'the run directory'}",
-        hint="free disk space; the run goes on from its last checkpoint",
-        fault="system",
-        retryable=True,
+    where = error.filename or "the run directory"
+    return Failed.of(
+        DiskFullError(
+            f"no space left while writing {where}",
+            hint="free disk space; the run goes on from its last checkpoint",
+        )
     )
 
 

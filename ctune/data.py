@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ctune.errors import CtuneError
+from ctune.errors import DiskFullError
 from ctune.manifest import SPLITS, DatasetSummary, Split
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ class ImageCache:
             stop: asked now and then, in this thread.
 
         Raises:
-            CtuneError: `disk_full`, the disk does not hold the cache.
+            DiskFullError: the disk does not hold the cache.
             StopRequested: a stop was asked for; nothing is left behind.
         """
         numbers = np.asarray(indices, dtype=np.int64)
@@ -189,11 +189,10 @@ def _allocate(folder: Path, count: int, size_px: int) -> NDArray[np.uint8]:
             os.posix_fallocate(file.fileno(), 0, num_bytes)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise CtuneError(
+        raise DiskFullError(
             f"the cache of {count} decoded images of {size_px} px needs {num_bytes / 2**20:.0f} MiB"
             f" in {folder}: {error.strerror}",
             hint="free space on that disk, or lower the image size",
-            code="disk_full",
         ) from error
     return np.memmap(path, dtype=np.uint8, mode="r+", shape=shape)
 

@@ -7,6 +7,7 @@ CtuneError                    code, message, hint, fault, retryable
 ├── EncoderError              the encoder cannot be built or its weights not loaded   (user)
 ├── DivergedError             the loss or the weights are no longer finite            (user)
 ├── OutOfMemoryError          the device or host memory does not hold the step        (user)
+├── DiskFullError             no space is left                                        (system)
 ├── CheckpointError           a checkpoint is damaged or belongs to another run       (system)
 └── RunInUseError             another process holds the run directory                 (system)
 """
@@ -69,6 +70,13 @@ class OutOfMemoryError(CtuneError):
 
     code = "out_of_memory"
     fault = "user"
+
+
+class DiskFullError(CtuneError):
+    """No space is left; the run goes on from its last checkpoint once there is some."""
+
+    code = "disk_full"
+    retryable = True
 
 
 class CheckpointError(CtuneError):

@@ -17,14 +17,16 @@ from ctune.errors import CtuneError
 from ctune.schema import JsonObject, Schema
 
 
-def finite(value: Any) -> Any:
-    """Return `value` with every NaN or infinity in it replaced by None (JSON has neither)."""
+def storable(value: Any) -> Any:
+    """Return `value` as JSON and every database take it: NaN and infinity as None, without NUL."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return value.replace("\0", "")
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {storable(key): storable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [storable(item) for item in value]
     return value
 
 
@@ -36,8 +38,8 @@ class EventBase(Schema):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nan(cls, given: Any) -> Any:
-        return finite(given)
+    def _as_storable(cls, given: Any) -> Any:
+        return storable(given)
 
 
 class Started(EventBase):

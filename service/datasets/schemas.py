@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ctune.events import finite
+from ctune.events import storable
 from ctune.ingest import IngestOptions
 from ctune.schema import Fault, JsonObject
 from service.faults import body_faults, show, unstorable_faults
@@ -56,8 +56,8 @@ def dataset_object(dataset: Dataset) -> JsonObject:
         "created_at": seconds(dataset.created_at),
         "started_at": seconds(dataset.started_at),
         "finished_at": seconds(dataset.finished_at),
-        "progress": finite(dataset.progress) if dataset.status == "running" else None,
-        "summary": finite(dataset.summary),
-        "report": finite(dataset.report),
-        "error": finite(dataset.error),
+        "progress": storable(dataset.progress) if dataset.status == "running" else None,
+        "summary": storable(dataset.summary),
+        "report": storable(dataset.report),
+        "error": storable(dataset.error),
     }

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, func, select, tuple_
 from sqlalchemy.orm import Session
 
-from ctune.events import finite
+from ctune.events import storable
 from ctune.schema import JsonObject
 from service.db import Database
 from service.tables import Metric
@@ -63,7 +63,7 @@ def columns(session: Session, wanted: Wanted, max_points: int) -> list[JsonObjec
                 "stage": stage,
                 "name": name,
                 "steps": [step for step, _ in kept],
-                "values": [finite(value) for _, value in kept],
+                "values": [storable(value) for _, value in kept],
                 "num_points": count,
                 "last_step": last_step,
             }
@@ -129,7 +129,7 @@ def _line(
         "stage": stage,
         "name": name,
         "step": step,
-        "value": finite(value),
+        "value": storable(value),
         "attempt": attempt,
         "created_at": int(created_at),
     }

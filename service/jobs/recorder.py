@@ -78,7 +78,7 @@ def _store_progress(session: Session, lease: Lease, events: Sequence[Event]) -> 
             latest = event
     if latest is None:
         return
-    values = _clean(latest.model_dump(mode="json", exclude={"seq", "time", "event"}))
+    values = latest.model_dump(mode="json", exclude={"seq", "time", "event"})
     table = lease.table
     written = update(table).where(table.id == lease.id, table.attempt == lease.attempt)
     session.execute(written.values(progress=values).execution_options(synchronize_session=False))
@@ -94,8 +94,8 @@ def _event_row(lease: Lease, event: Event) -> dict[str, Any]:
         "seq": event.seq,
         "kind": event.event,
         "level": LEVELS.get(event.event, "info"),
-        "message": _clean(_message(event))[:4096],
-        "data": _clean(event.model_dump(mode="json", exclude=hidden)),
+        "message": _message(event)[:4096],
+        "data": event.model_dump(mode="json", exclude=hidden),
     }
 
 
@@ -172,14 +172,3 @@ def _store_checkpoint(
         Checkpoint.name.not_in(event.kept),
     )
     session.execute(gone.execution_options(synchronize_session=False))
-
-
-def _clean(value: Any) -> Any:
-    """Return `value` without NUL characters, which Postgres does not store."""
-    if isinstance(value, str):
-        return value.replace("\x00", "")
-    if isinstance(value, dict):
-        return {_clean(key): _clean(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_clean(item) for item in value]
-    return value

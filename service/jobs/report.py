@@ -6,7 +6,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from ctune.events import finite
+from ctune.events import storable
 from ctune.schema import JsonObject
 from ctune.scores import score_rows
 from service.jobs.schemas import event_object, job_object, seconds
@@ -27,22 +27,22 @@ def report(session: Session, job: Job, now: float) -> JsonObject:
         "object": "job.report",
         "job": {key: value for key, value in shown.items() if key not in SHOWN_ALONE},
         "dataset": _dataset(session, job.dataset_id),
-        "config": finite(job.config),
-        "evaluation": finite(result.get("evaluation")),
+        "config": storable(job.config),
+        "evaluation": storable(result.get("evaluation")),
         "comparison": comparison(result.get("evaluation") or {}),
         "last_metrics": _last_metrics(session, job.id),
         "warnings": _warnings(session, job.id),
         "stages": _stages(stays, now),
         "image_passes": result.get("image_passes"),
-        "train_s": finite(result.get("train_s")),
+        "train_s": storable(result.get("train_s")),
         "model": model_brief(model) if model else None,
     }
 
 
 def comparison(evaluation: Mapping[str, Any]) -> list[JsonObject]:
     """Return one row per score: before, after and their difference."""
-    before = dict(score_rows(finite(evaluation.get("before") or {})))
-    after = dict(score_rows(finite(evaluation.get("after") or {})))
+    before = dict(score_rows(storable(evaluation.get("before") or {})))
+    after = dict(score_rows(storable(evaluation.get("after") or {})))
     rows = []
     for place in sorted(before.keys() | after.keys()):
         old, new = before.get(place), after.get(place)
@@ -68,7 +68,7 @@ def _dataset(session: Session, dataset_id: str) -> JsonObject:
         "deleted": False,
         "name": dataset.name,
         "archive_sha256": dataset.archive_sha256,
-        "summary": finite(dataset.summary),
+        "summary": storable(dataset.summary),
     }
 
 
@@ -83,7 +83,7 @@ def _last_metrics(session: Session, job_id: str) -> list[JsonObject]:
     wanted = select(Metric).join(last, same & (Metric.step == last.c.step))
     wanted = wanted.where(Metric.job_id == job_id).order_by(Metric.stage, Metric.name)
     return [
-        {"stage": m.stage, "name": m.name, "step": m.step, "value": finite(m.value)}
+        {"stage": m.stage, "name": m.name, "step": m.step, "value": storable(m.value)}
         for m in session.scalars(wanted)
     ]
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, ValidationError, WrapValidator
 
 from ctune.config import RunConfig
-from ctune.events import finite
+from ctune.events import storable
 from ctune.schema import Fault, JsonObject
 from service.errors import UnsupportedTypeError
 from service.faults import body_faults, unstorable_faults
@@ -75,10 +75,10 @@ def job_summary(job: Job) -> JsonObject:
         "started_at": seconds(job.started_at),
         "finished_at": seconds(job.finished_at),
         "cancel_requested_at": seconds(job.cancel_requested_at),
-        "progress": finite(job.progress),
+        "progress": storable(job.progress),
         "metadata": job.metadata_,
-        "config": finite(job.config),
-        "error": finite(job.error),
+        "config": storable(job.config),
+        "error": storable(job.error),
         "result": _result(job),
     }
 
@@ -104,7 +104,7 @@ def event_object(event: JobEvent) -> JsonObject:
         "type": event.kind,
         "level": event.level,
         "message": event.message,
-        "data": finite(event.data),
+        "data": storable(event.data),
     }
 
 
@@ -144,7 +144,7 @@ def _transition(transition: JobTransition) -> JsonObject:
 def _result(job: Job) -> JsonObject | None:
     if job.result is None:
         return None
-    stored: Mapping[str, Any] = finite(job.result)
+    stored: Mapping[str, Any] = storable(job.result)
     return {**stored, "model": job.model_id}
 
 

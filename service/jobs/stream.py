@@ -10,7 +10,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
-from ctune.events import finite
+from ctune.events import storable
 from ctune.schema import JsonObject
 from service.db import Database
 from service.jobs.schemas import TERMINAL, event_object, seconds
@@ -85,11 +85,11 @@ def look(database: Database, job_id: str, after: int) -> Look | None:
         "phase": job.phase if job.status == "running" else None,
         "finished_at": seconds(job.finished_at),
         "model": job.model_id,
-        "error": finite(job.error),
+        "error": storable(job.error),
     }
     ended = job.status in TERMINAL and len(found) < EVENTS_PER_LOOK
     last_id = found[-1].id if found else after
-    return Look(shown, last_id, finite(job.progress), state, ended)
+    return Look(shown, last_id, storable(job.progress), state, ended)
 
 
 def _event(data: JsonObject, name: str, id: str | None = None) -> bytes:

@@ -1,6 +1,6 @@
 """What models look like on the wire."""
 
-from ctune.events import finite
+from ctune.events import storable
 from ctune.schema import JsonObject
 from service.tables import Model
 
@@ -9,7 +9,7 @@ SHOWN_AT_TOP = ("architecture", "embed_dim", "image_size_px", "classes", "licenc
 
 def model_object(model: Model) -> JsonObject:
     """Return a model; `info` is the `model.json` of its directory."""
-    info = finite(model.info)
+    info = storable(model.info)
     return {
         "id": model.id,
         "object": "model",
