@@ -34,6 +34,7 @@ from tests.workers.processes import WorkerProcess, children_of
 from tests.workers.rows import add_dataset, add_job, scaled, wait_until
 from tests.workers.stub_child import STEP_S
 
+GIVEN_SEED = os.environ.get("CTUNE_CHAOS_SEED")  # read now: the tests' fixtures remove `CTUNE_*`
 JOBS = 40
 WORKERS = 3
 SUBMIT_S = 0.4
@@ -168,7 +169,7 @@ def _fleet(settings: Settings, logs: Path, broker: Server | None) -> Iterator[Ch
 
 
 def _seed() -> int:
-    return int(os.environ.get("CTUNE_CHAOS_SEED") or random.SystemRandom().randrange(10**6))
+    return int(GIVEN_SEED or random.SystemRandom().randrange(10**6))
 
 
 def _submit(settings: Settings, database: Database, chaos: Chaos) -> dict[str, float]:
