@@ -9,6 +9,7 @@ DATA_DIR/
     models/<mdl_id>/             exported models
 """
 
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,11 +76,16 @@ class Storage:
         fsync_directory(place.parent)
 
     def remove(self, path: Path) -> None:
-        """Remove a file or a directory tree; one that is already gone is fine."""
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
+        """Remove a file or a directory tree; several may remove it at once, or it may be gone."""
+        if not path.is_dir():
             path.unlink(missing_ok=True)
+            return
+        doomed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.gone")
+        try:
+            path.rename(doomed)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(doomed)
 
 
 def size_bytes(folder: Path) -> int:

@@ -69,6 +69,8 @@ class Work(ABC):
             OSError: the directory cannot be written.
         """
         content = self._config()
+        for _, run in self.earlier():  # their worker may have died before it could do this
+            self.storage.remove(run.cache)
         self.run_dir.create()
         write_atomically(self.run_dir.config, json.dumps(content, indent=2).encode())
 

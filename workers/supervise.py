@@ -62,6 +62,7 @@ class Attempt:
             outcome = _broken(error)
         finally:
             self._reap()
+            self._context.storage.remove(self.work.run_dir.cache)
         if self._lost:
             log.warning("%s: attempt %d lost its lease", lease.id, lease.attempt)
         else:

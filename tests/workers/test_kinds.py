@@ -160,6 +160,7 @@ def test_an_ended_training_leaves_no_decoded_images(
     _cache(runs[0])
     start_supervisor()
     wait_until((runs[1].root / "step").exists)
+    assert not runs[0].cache.exists(), "the next attempt has one of its own"
     _cache(runs[1])
     if status == "cancelled":
         with database.writing() as session:
