@@ -57,11 +57,6 @@ def run_example(service: Running, epochs: int) -> Told:
     return told
 
 
-@pytest.mark.timeout(300)
-def test_the_example_runs(service: Running) -> None:
-    run_example(service, epochs=1)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_example_again_on_the_same_service_tells_the_same(service: Running) -> None:
