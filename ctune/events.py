@@ -154,6 +154,29 @@ EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 LAST_WORDS = (Stopped, Failed, Finished)
 
 
+def describe(event: EventBase) -> str:
+    """Return an event in words, for lists and logs."""
+    match event:
+        case Started() | Warned() | Failed():
+            return event.message
+        case StageStarted():
+            return f"stage {event.stage} starts at step {event.step} of {event.total_steps}"
+        case CheckpointSaved():
+            return f"checkpoint {event.name}"
+        case Evaluated():
+            return f"encoder scored {event.when} tuning"
+        case Stopped():
+            return f"stopped: {event.reason}"
+        case Metrics():
+            known = {name: value for name, value in event.values.items() if value is not None}
+            values = " ".join(f"{name} {value:.4g}" for name, value in known.items())
+            return f"{event.stage} {event.step}: {values}"
+        case Finished():
+            return "finished"
+        case _:
+            return type(event).__name__.lower()
+
+
 class EventWriter:
     """Appends events to a file, one flushed line each; safe to call from several threads.
 

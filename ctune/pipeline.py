@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -40,6 +41,7 @@ from ctune.events import (
     StageStarted,
     Started,
     Warned,
+    describe,
 )
 from ctune.export import export_model
 from ctune.features import RunImages
@@ -54,6 +56,11 @@ from ctune.train import Hooks, fit
 REFERENCE_IMAGES = 4
 KEPT_CHECKPOINTS = 2
 EXPORTED_HEADS = ("classifier", "projection_head")
+NO_HELDOUT = Warned(
+    code="no_heldout_images",
+    message="the data set has neither test nor val images: nothing is evaluated",
+    hint="upload a data set with a test split, or let ingestion make one",
+)
 
 
 class RunFile(Schema):
@@ -125,7 +132,7 @@ class Run:
         self._warnings += state.get("warnings", [])
         self._earlier_s = state.get("elapsed_s", 0.0)
         if resumed is None and self._heldout is None:
-            self._warn_no_heldout()
+            self._emit(NO_HELDOUT)
         before = state.get("before")
         if before is None and self._config.evaluation.before:
             before = self._evaluate("before")
@@ -371,16 +378,9 @@ class Run:
     def _emit(self, event: EventBase) -> None:
         if isinstance(event, Warned):
             self._warnings.append(event.model_dump(include={"code", "message", "hint"}))
+        if not isinstance(event, Progress):  # for the log; stdout belongs to whoever runs us
+            print(time.strftime("%H:%M:%S"), describe(event), file=sys.stderr, flush=True)
         self._events.write(event)
-
-    def _warn_no_heldout(self) -> None:
-        self._emit(
-            Warned(
-                code="no_heldout_images",
-                message="the data set has neither test nor val images: nothing is evaluated",
-                hint="upload a data set with a test split, or let ingestion make one",
-            )
-        )
 
     def _versions(self) -> JsonObject:
         names = ("ctune", "torch", "timm", "numpy", "pillow")

@@ -9,19 +9,7 @@ from sqlalchemy.dialects.postgresql import insert as postgres_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.orm import Session
 
-from ctune.events import (
-    CheckpointSaved,
-    Evaluated,
-    Event,
-    Failed,
-    Finished,
-    Metrics,
-    Progress,
-    StageStarted,
-    Started,
-    Stopped,
-    Warned,
-)
+from ctune.events import CheckpointSaved, Event, Finished, Metrics, Progress, StageStarted, describe
 from service.db import now_s
 from service.jobs.lifecycle import Lease, enter_phase
 from service.tables import Base, Checkpoint, Dataset, JobEvent, Metric, new_id
@@ -94,25 +82,9 @@ def _event_row(lease: Lease, event: Event) -> dict[str, Any]:
         "seq": event.seq,
         "kind": event.event,
         "level": LEVELS.get(event.event, "info"),
-        "message": _message(event)[:4096],
+        "message": describe(event)[:4096],
         "data": event.model_dump(mode="json", exclude=hidden),
     }
-
-
-def _message(event: Event) -> str:
-    match event:
-        case Started() | Warned() | Failed():
-            return event.message
-        case StageStarted():
-            return f"stage {event.stage} starts at step {event.step} of {event.total_steps}"
-        case CheckpointSaved():
-            return f"checkpoint {event.name}"
-        case Evaluated():
-            return f"encoder scored {event.when} tuning"
-        case Stopped():
-            return f"stopped: {event.reason}"
-        case _:
-            return event.event
 
 
 def _metric_rows(lease: Lease, events: Sequence[Event]) -> list[dict[str, Any]]:

@@ -114,6 +114,8 @@ def run_job(client: Client, dataset: str) -> dict[str, Any]:
     job = client.jobs.wait(created["id"])
     assert events[-1].data["model"] == job["result"]["model"]
     assert job["metadata"] == {"team": "tests"}
+    log = client.jobs.logs(job["id"])
+    assert "stage contrastive starts" in log and "encoder scored after tuning" in log
     with pytest.raises(ConflictError):
         client.jobs.cancel(job["id"])
     return job
