@@ -70,6 +70,7 @@ def test_down_without_anything(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_no_service_is_one_message() -> None:
     refused = ctune("jobs", "list", "--url", "http://127.0.0.1:1")
     assert refused.returncode == 1

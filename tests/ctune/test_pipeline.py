@@ -178,6 +178,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
     assert "checkpoint_damaged" in {e.code for e in events(second) if isinstance(e, Warned)}
 
 
+@pytest.mark.slow
 def test_another_configuration_does_not_resume(tmp_path: Path, store: Path) -> None:
     run_dir = prepare(tmp_path / "run", store, tiny_config())
     end_when(run_dir, saved("contrastive", 1), signal.SIGTERM)

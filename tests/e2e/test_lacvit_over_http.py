@@ -185,6 +185,7 @@ def test_failures_are_told(service: Running, tmp_path: Path) -> None:
         assert refused.value.faults[0].code == "dataset_failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("service", ["embedded"], indirect=True)
 def test_command_line_client(service: Running, archive: Path, tmp_path: Path) -> None:
     def ctune(*arguments: str | Path) -> Any:

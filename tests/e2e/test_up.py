@@ -107,6 +107,7 @@ def test_sigterm_stops_everything(tmp_path: Path) -> None:
         probe.connect(("127.0.0.1", int(made.url.rpartition(":")[2])))
 
 
+@pytest.mark.slow
 def test_detached_one_is_stopped_by_down(tmp_path: Path) -> None:
     place = str(tmp_path / "data")
     started = ctune("up", "--detach", "--port", "0", "--data-dir", place, within_s=180)

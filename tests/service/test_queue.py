@@ -40,6 +40,7 @@ def test_without_a_broker_nothing_happens() -> None:
     announcer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["frozen", "down"])
 def test_a_broker_that_does_not_answer_costs_the_caller_nothing(
     killable_redis: Server, state: str, caplog: pytest.LogCaptureFixture

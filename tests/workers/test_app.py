@@ -97,6 +97,7 @@ def test_cancel(settings: Settings, database: Database, worker: WorkerProcess) -
     assert worker.process.poll() is None
 
 
+@pytest.mark.slow
 def test_a_killed_worker_leaves_no_child_and_its_job_is_repeated(
     settings: Settings, database: Database, worker: WorkerProcess, start_worker: StartWorker
 ) -> None:
@@ -111,6 +112,7 @@ def test_a_killed_worker_leaves_no_child_and_its_job_is_repeated(
     assert successor.terminate(timeout_s=15) == 0
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_loses_its_job_and_its_child(
     settings: Settings, database: Database, worker: WorkerProcess, start_worker: StartWorker
 ) -> None:

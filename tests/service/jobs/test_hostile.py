@@ -5,6 +5,7 @@ import json
 import time
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -41,6 +42,7 @@ def put(body: Any, path: tuple[Any, ...], value: Any) -> None:
     body[path[-1]] = value
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_value_at_any_place(api: Api, data: st.DataObject) -> None:
