@@ -1,150 +1,73 @@
 """Random views of whole batches on the device, each image with its own parameters.
 
-The parameters of a batch are drawn on the CPU from one generator, so a view is the same on every
-device; the pixels are computed where the images are (`ctune.pixel_ops`). The sampling rules are
-those of `RandomResizedCrop`, `RandomHorizontalFlip`, `ColorJitter` and `RandomGrayscale` in
-`torchvision.transforms.v2`.
+The parameters are drawn on the CPU (`ctune.view_sampling`); the pixels are computed where the
+images are (`ctune.geometry_ops`, `ctune.pixel_ops`, `ctune.randaugment`).
 
-Shapes: B images, s output side, sizes and boxes always as (height, width) and (top, left, height,
-width) in pixels.
+Shapes: B images, V views, s output side, sizes and boxes always as (height, width) and (top, left,
+height, width) in pixels.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ctune.core_threads import run_tasks
+from ctune.geometry_ops import LARGE_VIEW_PX, resized_crop, rotate, translate, vflip
 from ctune.pixel_ops import (
-    LARGE_VIEW_PX,
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
+    apply_to_rows,
+    erase,
+    gaussian_blur,
     normalise,
-    resized_crop,
+    solarise,
     to_grayscale,
 )
+from ctune.randaugment import apply_operations
+from ctune.view_sampling import (
+    Shard,
+    ViewConfig,
+    ViewParams,
+    sample_view_params,
+)
 
-Integers = NDArray[np.int64]
-Reals = NDArray[np.float64]
+__all__ = [
+    "Shard",
+    "ViewConfig",
+    "ViewParams",
+    "ViewPipeline",
+    "colour_jitter",
+    "sample_view_params",
+    "scale_boxes",
+]
 
-_CROP_TRIES = 10
 _CHUNK_VALUES = 2**18
 """Values of a chunk of views on the CPU: they stay in the cache between operations."""
-
-
-@dataclass(frozen=True)
-class ViewConfig:
-    """What a random view is: crop, flip, colour changes, grey, normalisation, in this order."""
-
-    size_px: int
-    """Side of the square view."""
-    scale: tuple[float, float] = (0.2, 1.0)
-    """Range of the crop's share of the image area."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the crop's width / height, drawn log-uniformly."""
-    flip_prob: float = 0.5
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """Strength of brightness, contrast, saturation and hue changes; hue at most 0.5."""
-    jitter_prob: float = 0.0
-    grayscale_prob: float = 0.0
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-
-
-@dataclass(frozen=True)
-class ViewParams:
-    """Parameters of B views; tensors on the CPU, one row per view."""
-
-    sizes: Tensor
-    """[B, 2] int64: original height and width, in whose pixels `boxes` are."""
-    boxes: Tensor
-    """[B, 4] int64: top, left, height, width of the crop."""
-    flip: Tensor
-    """[B] bool."""
-    jitter: Tensor
-    """[B] bool: whether the colours are changed."""
-    order: Tensor
-    """[B, 4] int64: the operation at each place; 0 brightness, 1 contrast, 2 saturation, 3 hue."""
-    factors: Tensor
-    """[B, 4] float32: brightness, contrast and saturation factor, hue shift in turns."""
-    grayscale: Tensor
-    """[B] bool."""
-
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-    def select(self, rows: Tensor | slice) -> "ViewParams":
-        """Return the parameters of some of the views."""
-        return ViewParams(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
-
-
-def sample_view_params(config: ViewConfig, sizes: Tensor, generator: torch.Generator) -> ViewParams:
-    """Draw the parameters of one view per image.
-
-    The draws of a call depend on the generator and on B alone, never on outcomes.
-
-    Args:
-        config: distributions.
-        sizes: [B, 2] original height and width.
-        generator: CPU generator.
-    """
-    count = len(sizes)
-    sizes = sizes.to(device="cpu", dtype=torch.int64)
-
-    def uniform(columns: int) -> Tensor:
-        return torch.rand(count, columns, generator=generator, dtype=torch.float64)
-
-    boxes = _sample_boxes(config, sizes.numpy(), uniform(4 * _CROP_TRIES).numpy())
-    chances = uniform(3)
-    brightness, contrast, saturation, hue = config.jitter
-    low = torch.tensor([max(0.0, 1 - v) for v in (brightness, contrast, saturation)] + [-hue])
-    high = torch.tensor([1 + brightness, 1 + contrast, 1 + saturation, hue])
-    return ViewParams(
-        sizes=sizes,
-        boxes=torch.from_numpy(boxes),
-        flip=chances[:, 0] < config.flip_prob,
-        jitter=chances[:, 1] < config.jitter_prob,
-        order=uniform(4).argsort(dim=1),
-        factors=(low + (high - low) * uniform(4)).float(),
-        grayscale=chances[:, 2] < config.grayscale_prob,
-    )
-
-
-def _sample_boxes(config: ViewConfig, sizes: Integers, draws: Reals) -> Integers:
-    """Torchvision's rule: the first of ten boxes that fits, else the largest central one.
-
-    In numpy: torch spreads exp and sqrt of a few numbers over threads, see `ctune.core_threads`.
-    """
-    heights, widths = sizes[:, :1], sizes[:, 1:]
-    area_draw, ratio_draw, top_draw, left_draw = np.split(draws, 4, axis=1)
-    low, high = config.scale
-    area = heights * widths * (low + (high - low) * area_draw)
-    log_low, log_high = np.log(config.ratio)
-    ratio = np.exp(log_low + (log_high - log_low) * ratio_draw)
-    w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-    h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
-    fits = (w > 0) & (w <= widths) & (h > 0) & (h <= heights)
-    top = (top_draw * (heights - h + 1)).astype(np.int64)
-    left = (left_draw * (widths - w + 1)).astype(np.int64)
-    tries = np.stack((top, left, h, w), axis=2)
-    chosen = tries[np.arange(len(sizes)), fits.argmax(axis=1)]
-    return np.where(fits.any(axis=1, keepdims=True), chosen, _central_boxes(config, sizes))
-
-
-def _central_boxes(config: ViewConfig, sizes: Integers) -> Integers:
-    heights, widths = sizes.T
-    narrowest, widest = config.ratio
-    in_ratio = widths / heights
-    h = np.where(in_ratio < narrowest, np.rint(widths / narrowest), heights).astype(np.int64)
-    w = np.where(in_ratio > widest, np.rint(heights * widest), widths).astype(np.int64)
-    h, w = np.maximum(h, 1), np.maximum(w, 1)
-    return np.stack(((heights - h) // 2, (widths - w) // 2, h, w), axis=1)
+_BLUR_REACH = 4
+"""Half of the blur's kernel, in the greatest standard deviation: 0.006 % of the weight is cut."""
+_DRAWN = (
+    "scale",
+    "ratio",
+    "pad_px",
+    "flip_prob",
+    "vflip_prob",
+    "rotation_prob",
+    "rotation_degrees",
+    "rand_augment",
+    "jitter_prob",
+    "grayscale_prob",
+    "blur_prob",
+    "solarise_prob",
+    "blur_solarise_mix",
+    "erase_prob",
+)
+"""Fields that say how parameters are drawn; views of one pipeline may differ in these alone."""
 
 
 def scale_boxes(boxes: Tensor, sizes: Tensor, height_px: int, width_px: int) -> Tensor:
@@ -191,7 +114,7 @@ def colour_jitter(images: Tensor, params: ViewParams, strength: tuple[float, ...
     factors = params.factors.to(images.device, non_blocking=True)
     parts = torch.split_with_sizes(all_rows, [len(rows) for _, rows in groups])
     for (index, _), rows in zip(groups, parts, strict=True):
-        views = _apply_to_rows(views, rows, _JITTER[index], factors[rows, index])
+        views = apply_to_rows(views, rows, _JITTER[index], factors[rows, index])
     return views
 
 
@@ -208,33 +131,52 @@ def _group_rows(params: ViewParams, strength: tuple[float, ...]) -> list[tuple[i
     return groups
 
 
-def _apply_to_rows(
-    views: Tensor, rows: Tensor, operation: Callable[..., Tensor], *factors: Tensor
-) -> Tensor:
-    """Change some rows in place, or return a changed copy of all; factors are those of `rows`."""
-    if len(rows) == len(views):
-        return operation(views, *factors)
-    return views.index_copy_(0, rows, operation(views[rows], *factors))
-
-
 class ViewPipeline:
-    """Random views of batches; see `ViewConfig` for what is done, in which order."""
+    """Random views of batches; see `ViewConfig` for what is done, in which order.
 
-    def __init__(self, config: ViewConfig) -> None:
-        self.config = config
+    Args:
+        configs: one for all views, or one per view where they are drawn differently (BYOL).
 
-    def __call__(self, images: Tensor, sizes: Tensor, generator: torch.Generator) -> Tensor:
+    Raises:
+        ValueError: the configs differ in more than what is drawn: in size, colour strengths, ...
+    """
+
+    def __init__(self, *configs: ViewConfig) -> None:
+        self.config = configs[0]
+        self.configs = configs
+        drawn = {name: getattr(self.config, name) for name in _DRAWN}
+        if any(replace(other, **drawn) != self.config for other in configs):
+            raise ValueError(f"views of one pipeline may differ in {', '.join(_DRAWN)} alone")
+
+    def __call__(
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        generator: torch.Generator,
+        *,
+        shard: Shard | None = None,
+    ) -> Tensor:
         """Return one view [B, 3, s, s] float32 per image, normalised, on the images' device.
 
         Args:
             images: [B, 3, H, W] uint8; not changed.
             sizes: [B, 2] original height and width: the geometry in which crops are drawn.
             generator: CPU generator.
+            shard: where the images are in the global batch; None: they are all of it.
+
+        Raises:
+            ValueError: as `draw`.
         """
-        return self.views(images, sizes, generator, num_views=1)
+        return self.views(images, sizes, generator, num_views=1, shard=shard)
 
     def views(
-        self, images: Tensor, sizes: Tensor, generator: torch.Generator, *, num_views: int
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        generator: torch.Generator,
+        *,
+        num_views: int,
+        shard: Shard | None = None,
     ) -> Tensor:
         """Return V independent views per image, [V * B, 3, s, s]: all first views, then all second.
 
@@ -243,20 +185,56 @@ class ViewPipeline:
             sizes: [B, 2] original height and width.
             generator: CPU generator.
             num_views: V.
+            shard: where the images are in the global batch; None: they are all of it.
+
+        Raises:
+            ValueError: as `draw`.
         """
-        side = self.config.size_px
-        out = torch.empty(num_views * len(images), 3, side, side, device=images.device)
-        parts = out.chunk(num_views)
-        drawn = [sample_view_params(self.config, sizes, generator) for _ in parts]
-        self._run([t for p, o in zip(drawn, parts, strict=True) for t in self._tasks(images, p, o)])
-        return out
+        drawn = self.draw(sizes, generator, num_views=num_views, shard=shard)
+        return self.render_all(images, drawn)
+
+    def draw(
+        self,
+        sizes: Tensor,
+        generator: torch.Generator,
+        *,
+        num_views: int,
+        shard: Shard | None = None,
+    ) -> list[ViewParams]:
+        """Return the parameters of each of V views, B rows each.
+
+        Args:
+            sizes: [B, 2] original height and width.
+            generator: CPU generator.
+            num_views: V.
+            shard: where the images are in the global batch; None: they are all of it. Processes
+                with equal generators draw for their shards what one draws for the whole batch.
+
+        Raises:
+            ValueError: the pipeline has one config per view, but not for V of them; or the shard
+                reaches beyond the global batch.
+        """
+        if len(self.configs) not in (1, num_views):
+            raise ValueError(f"{num_views} views asked of a pipeline of {len(self.configs)} views")
+        configs = self.configs if len(self.configs) == num_views else self.configs * num_views
+        return [sample_view_params(config, sizes, generator, shard=shard) for config in configs]
 
     def render(self, images: Tensor, params: ViewParams) -> Tensor:
         """Return the views [B, 3, s, s] that `params` describe."""
+        return self.render_all(images, [params])
+
+    def render_all(self, images: Tensor, params: Sequence[ViewParams]) -> Tensor:
+        """Return the views [V * B, 3, s, s] that V `params` describe: all first, then all second.
+
+        Args:
+            images: [B, 3, H, W] uint8; not changed.
+            params: V of B rows.
+        """
         side = self.config.size_px
-        out = torch.empty(len(images), 3, side, side, device=images.device)
-        self._run(self._tasks(images, params, out))
-        return out
+        out = torch.empty(len(params), len(images), 3, side, side, device=images.device)
+        views = zip(params, out, strict=True)
+        self._run([task for drawn, part in views for task in self._tasks(images, drawn, part)])
+        return out.flatten(0, 1)
 
     def _run(self, tasks: list[Callable[[], None]]) -> None:
         run_tasks(tasks, spread=self.config.size_px >= LARGE_VIEW_PX)
@@ -277,9 +255,40 @@ class ViewPipeline:
     def _render(self, images: Tensor, boxes: Tensor, params: ViewParams, *, out: Tensor) -> None:
         config = self.config
         with torch.autocast(images.device.type, enabled=False):
-            views = resized_crop(images, boxes, config.size_px, flip=params.flip)
+            views = resized_crop(
+                images,
+                boxes,
+                config.size_px,
+                flip=params.flip,
+                interpolation=config.interpolation,
+            )
+            views = _change(views, params.shift.any(dim=1), translate, params.shift)
+            views = _change(views, params.vflip, vflip)
+            views = _change(views, params.degrees != 0, rotate, params.degrees)
+            views = apply_operations(views, params.operations, params.arguments, fill=config.mean)
             views = colour_jitter(views, params, config.jitter)
-            gray = params.grayscale.nonzero()[:, 0].to(views.device, non_blocking=True)
-            if len(gray):
-                views = _apply_to_rows(views, gray, to_grayscale)
+            if config.blur_before_grayscale:
+                views = self._blur(views, params.blur_sigma_px)
+            views = _change(views, params.grayscale, to_grayscale)
+            if not config.blur_before_grayscale:
+                views = self._blur(views, params.blur_sigma_px)
+            threshold = torch.full((len(views),), config.solarise_threshold)
+            views = _change(views, params.solarise, solarise, threshold)
             normalise(views, config.mean, config.std, out=out)
+            erase(out, params.erase_boxes, params.erase_seeds)
+
+    def _blur(self, views: Tensor, sigma_px: Tensor) -> Tensor:
+        reach = math.ceil(_BLUR_REACH * self.config.blur_sigma_px[1])
+        blur = functools.partial(gaussian_blur, radius_px=min(reach, self.config.size_px - 1))
+        return _change(views, sigma_px > 0, blur, sigma_px)
+
+
+def _change(
+    views: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor
+) -> Tensor:
+    """Apply an operation to the chosen views; `chosen` and parameters are [B] on the CPU."""
+    rows = chosen.nonzero()[:, 0]
+    if not len(rows):
+        return views
+    given = [parameter[rows].to(views.device, non_blocking=True) for parameter in parameters]
+    return apply_to_rows(views, rows.to(views.device, non_blocking=True), operation, *given)

@@ -1,91 +1,38 @@
-"""Pixel operations on whole batches with per-image parameters; none changes its input.
+"""Colour and filter operations on whole batches with per-image parameters.
 
-Each agrees with the function of that name in `torchvision.transforms.v2.functional` on float images
-within 1e-5. Shapes: B images, s output side; parameters are [B].
+None but `apply_to_rows` changes its input. Each agrees with the function of that name in
+`torchvision.transforms.v2.functional` on float images within 1e-5. Shapes: B images; parameters
+are [B].
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import pad
 
 _GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 _HUE_CENTRES = (0.0, 2.0, -2.0)
 """Hues of red, green and blue in sixths of a turn."""
-LARGE_VIEW_PX = 64
-"""Side from which, on the CPU, resizing images one by one beats dense matrix products."""
+_BLUR_BLOCK_PX = 32
+"""Blurred in blocks of this side, as the matrix is a band: at 224 px a third of the products."""
 
 
-def resized_crop(
-    images: Tensor, boxes: Tensor, size_px: int, *, flip: Tensor | None = None
+def apply_to_rows(
+    images: Tensor, rows: Tensor, operation: Callable[..., Tensor], *parameters: Tensor
 ) -> Tensor:
-    """Crop each image to its box and resize the crop to s x s, bilinear with antialiasing.
-
-    On CUDA with TF32 matrix products the weights are rounded to 11 bits: up to 0.2 grey levels.
+    """Change some rows in place, or return a changed copy of all; parameters are those of `rows`.
 
     Args:
-        images: [B, 3, H, W], uint8 (scaled to [0, 1]) or float32.
-        boxes: [B, 4] int64 on the CPU, inside the images.
-        size_px: s.
-        flip: [B] bool on the CPU; which crops to mirror left-right.
-
-    Returns:
-        [B, 3, s, s] float32.
+        images: [B, ...].
+        rows: ascending, on the device of the images.
+        operation: called with the rows and the parameters.
+        parameters: one entry per row.
     """
-    if images.device.type == "cpu" and size_px >= LARGE_VIEW_PX:
-        return _resize_each(images, boxes, size_px, flip)
-    return _resize_together(images, boxes, size_px, flip)
-
-
-def _resize_each(images: Tensor, boxes: Tensor, size_px: int, flip: Tensor | None) -> Tensor:
-    flips = [False] * len(boxes) if flip is None else flip.tolist()
-    views = []
-    for image, (top, left, height, width), flipped in zip(
-        images, boxes.tolist(), flips, strict=True
-    ):
-        crop = image[None, :, top : top + height, left : left + width].float()
-        view = interpolate(crop, (size_px, size_px), mode="bilinear", antialias=True)
-        views.append(hflip(view) if flipped else view)
-    stacked = views[0] if len(views) == 1 else torch.cat(views)
-    return stacked.mul_(1 / 255) if images.dtype == torch.uint8 else stacked
-
-
-def _resize_together(images: Tensor, boxes: Tensor, size_px: int, flip: Tensor | None) -> Tensor:
-    """Two batched products with per-image weights: exact, and one kernel each on a GPU."""
-    count, channels, height, width = images.shape
-    boxes = boxes.to(images.device, torch.float32, non_blocking=True)
-    places = torch.arange(size_px, device=images.device)[None] + 0.5
-    down = _resize_weights(places, boxes[:, 0], boxes[:, 2], height)
-    if flip is not None:
-        mirrored = flip.to(images.device, non_blocking=True)[:, None]
-        places = torch.where(mirrored, size_px - places, places)
-    across = _resize_weights(places, boxes[:, 1], boxes[:, 3], width)
-    if images.dtype == torch.uint8:
-        down = down.mul_(1 / 255)
-    rows = images.float().reshape(count, channels * height, width)
-    narrow = torch.bmm(rows, across.transpose(1, 2)).view(count, channels, height, size_px)
-    return torch.matmul(down[:, None], narrow)
-
-
-def _resize_weights(places: Tensor, start: Tensor, length: Tensor, source_px: int) -> Tensor:
-    """Return [B, s, source_px]: the antialiasing triangle filter inside [start, start + length).
-
-    `places` are the centres of the output pixels, in output pixels, [B or 1, s].
-    """
-    start, length = start[:, None], length[:, None]
-    scale = length / places.shape[1]
-    source = torch.arange(source_px, device=start.device) - start
-    inside = ((source >= 0) & (source < length)).float()
-    distance = ((source + 0.5)[:, None, :] - (places * scale)[:, :, None]).abs_()
-    weights = distance.div_(-scale.clamp(min=1)[:, :, None]).add_(1).clamp_(min=0)
-    weights.mul_(inside[:, None, :])
-    return weights.div_(weights.sum(dim=2, keepdim=True))
-
-
-def hflip(images: Tensor) -> Tensor:
-    """Mirror [B, 3, H, W] images left-right."""
-    return images.flip(-1)
+    if len(rows) == len(images):
+        return operation(images, *parameters)
+    return images.index_copy_(0, rows, operation(images[rows], *parameters))
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -143,6 +90,61 @@ def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
 def to_grayscale(images: Tensor) -> Tensor:
     """Replace the channels of [B, 3, H, W] images by their luma."""
     return _luma(images).expand_as(images)
+
+
+def solarise(images: Tensor, threshold: Tensor) -> Tensor:
+    """Invert what is at least `threshold` [B] in [B, 3, H, W] images in [0, 1]."""
+    return torch.where(images >= _per_image(threshold), 1 - images, images)
+
+
+def gaussian_blur(images: Tensor, sigma_px: Tensor, *, radius_px: int) -> Tensor:
+    """Blur with a Gaussian cut off at `radius_px`; images are continued by reflection.
+
+    Args:
+        images: [B, 3, H, W].
+        sigma_px: [B], above 0.
+        radius_px: half the kernel: 2 * radius_px + 1 weights; at most the least side - 1.
+    """
+    places = torch.arange(-radius_px, radius_px + 1, device=images.device) / sigma_px[:, None]
+    weights = places.square_().mul_(-0.5).softmax(dim=1)
+    for _ in range(2):  # along the rows, then along the columns
+        images = _filter_rows(images, weights).transpose(2, 3)
+    return images
+
+
+def _filter_rows(images: Tensor, weights: Tensor) -> Tensor:
+    """Filter along the width: the weights as the band of a matrix, one block at a time."""
+    count, channels, height, width = images.shape
+    taps = weights.shape[1]
+    radius = taps // 2
+    blocks = -(-width // _BLUR_BLOCK_PX)
+    block = -(-width // blocks)
+    band = weights.new_zeros(count, block * (block + taps))
+    # Rows of block + taps entries, read as rows of one entry less, each start one place later.
+    band.view(count, block, block + taps)[:, :, :taps] = weights[:, None]
+    band = band[:, : block * (block + taps - 1)].view(count, block, block + taps - 1)
+    padded = pad(images, (radius, radius, 0, 0), mode="reflect")
+    if missing := blocks * block - width:
+        padded = pad(padded, (0, missing))
+    windows = padded.unfold(3, block + taps - 1, block).reshape(count, -1, block + taps - 1)
+    filtered = torch.bmm(windows, band.transpose(1, 2))
+    return filtered.view(count, channels, height, blocks * block)[..., :width]
+
+
+def erase(images: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
+    """Fill one box per image with standard normal noise, in place ("pixel" random erasing).
+
+    Args:
+        images: [B, 3, H, W], normalised.
+        boxes: [B, 4] int64 on the CPU; height 0: nothing is erased.
+        seeds: [B] int64 on the CPU: the noise is the same on every device.
+    """
+    for row in boxes[:, 2].nonzero()[:, 0].tolist():
+        top, left, height, width = boxes[row].tolist()
+        generator = torch.Generator().manual_seed(int(seeds[row]))
+        noise = torch.randn(images.shape[1], height, width, generator=generator)
+        images[row, :, top : top + height, left : left + width] = noise.to(images.device)
+    return images
 
 
 def normalise(

@@ -1,19 +1,13 @@
-"""Each operation against torchvision's, for identical parameters, on float images.
-
-Tolerances: 1e-5 absolute for all operations; the resize of single images on the CPU is torch's own.
-"""
+"""Whole views: torchvision's operations one after the other, for identical parameters."""
 
 import itertools
-from collections import Counter
-from collections.abc import Callable
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from ctune.augment import (
@@ -24,147 +18,20 @@ from ctune.augment import (
     sample_view_params,
     scale_boxes,
 )
-from ctune.pixel_ops import (
-    adjust_brightness,
-    adjust_contrast,
-    adjust_hue,
-    adjust_saturation,
-    hflip,
-    normalise,
-    resized_crop,
-    to_grayscale,
+from ctune.view_presets import VIEW_PRESETS
+from tests.ctune.pictures import (
+    EVERYTHING,
+    LACVIT,
+    MEAN,
+    STD,
+    TOLERANCE,
+    as_float,
+    assert_near,
+    generator,
+    random_images,
 )
 
-TOLERANCE = 1e-5
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LACVIT = ViewConfig(
-    size_px=32,
-    jitter=(0.4, 0.4, 0.4, 0.1),
-    jitter_prob=0.8,
-    grayscale_prob=0.2,
-    mean=MEAN,
-    std=STD,
-)
-OPERATIONS = (
-    (adjust_brightness, F.adjust_brightness),
-    (adjust_contrast, F.adjust_contrast),
-    (adjust_saturation, F.adjust_saturation),
-    (adjust_hue, F.adjust_hue),
-)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def random_images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    return torch.randint(
-        0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator(seed)
-    )
-
-
-def as_float(images: Tensor) -> Tensor:
-    converted: Tensor = F.to_dtype(images, torch.float32, scale=True)
-    return converted
-
-
-def awkward_images() -> Tensor:
-    """Noise, all corners of the colour cube, all greys, nearly grey, dark, and ties of channels."""
-    noise = as_float(random_images(4, 16, 16))
-    corners = torch.tensor(list(itertools.product((0.0, 0.5, 1.0), repeat=3))).T.reshape(3, 27)
-    cube = corners.repeat(1, 10)[:, :256].reshape(1, 3, 16, 16)
-    grey = (torch.arange(256) / 255).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    nearly_grey = (grey + torch.rand(1, 3, 16, 16, generator=generator()) * 1e-6).clamp(0, 1)
-    dark = noise[:1] * 1e-3
-    return torch.cat((noise, cube, grey, nearly_grey, dark, torch.zeros_like(dark)))
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
-
-
-# --- single operations ---
-
-
-@pytest.mark.parametrize("factor", [0.0, 0.3, 0.999, 1.0, 1.4, 3.0])
-@pytest.mark.parametrize(("ours", "theirs"), OPERATIONS[:3])
-def test_blends_equal_torchvision(
-    ours: Callable[[Tensor, Tensor], Tensor], theirs: Callable[..., Tensor], factor: float
-) -> None:
-    images = awkward_images()
-    actual = ours(images, torch.full((len(images),), factor))
-    assert_near(actual, theirs(images, factor))
-
-
-@pytest.mark.parametrize("shift", [-0.5, -0.37, -1 / 6, -0.1, 0.0, 1e-3, 0.1, 1 / 3, 0.5])
-def test_hue_equals_torchvision(shift: float) -> None:
-    images = awkward_images()
-    assert_near(adjust_hue(images, torch.full((len(images),), shift)), F.adjust_hue(images, shift))
-
-
-@given(rgb=st.tuples(*[st.integers(0, 255)] * 3), shift=st.floats(-0.5, 0.5, width=32))
-@settings(max_examples=300, deadline=None)
-def test_hue_of_any_colour(rgb: tuple[int, int, int], shift: float) -> None:
-    image = torch.tensor(rgb).view(1, 3, 1, 1) / 255
-    assert_near(adjust_hue(image, torch.tensor([shift])), F.adjust_hue(image, shift))
-
-
-@pytest.mark.parametrize(("ours", "theirs"), OPERATIONS)
-def test_each_image_has_its_own_factor(
-    ours: Callable[[Tensor, Tensor], Tensor], theirs: Callable[..., Tensor]
-) -> None:
-    images = awkward_images()
-    untouched = images.clone()
-    factors = torch.linspace(0, 0.5, len(images))
-    expected = [theirs(i, float(f)) for i, f in zip(images, factors, strict=True)]
-    assert_near(ours(images, factors), torch.stack(expected))
-    assert torch.equal(images, untouched)
-
-
-def test_grayscale_flip_and_normalise_equal_torchvision() -> None:
-    images = awkward_images()
-    assert_near(to_grayscale(images), F.rgb_to_grayscale(images, num_output_channels=3))
-    assert torch.equal(hflip(images), F.horizontal_flip(images))
-    assert_near(normalise(images, MEAN, STD), F.normalize(images, list(MEAN), list(STD)))
-
-
-# --- resized crop ---
-
-CROPS = [(0, 0, 40, 56), (3, 7, 1, 1), (39, 55, 1, 1), (0, 0, 1, 56), (5, 0, 35, 1), (5, 5, 20, 11)]
-
-
-@pytest.mark.parametrize("flipped", [False, True])
-@pytest.mark.parametrize("size_px", [1, 8, 32, 63, 64, 96])
-def test_resized_crop_equals_torchvision(size_px: int, flipped: bool) -> None:
-    images = random_images(len(CROPS), 40, 56)
-    actual = resized_crop(
-        images, torch.tensor(CROPS), size_px, flip=torch.full((len(CROPS),), flipped)
-    )
-    size = [size_px, size_px]
-    expected = torch.stack(
-        [
-            F.resized_crop(image, *box, size, antialias=True)
-            for image, box in zip(as_float(images), CROPS, strict=True)
-        ]
-    )
-    assert_near(actual, hflip(expected) if flipped else expected)
-
-
-@given(data=st.data())
-@settings(max_examples=100, deadline=None)
-def test_resized_crop_of_any_box(data: st.DataObject) -> None:
-    height, width = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
-    h, w = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
-    box = (data.draw(st.integers(0, height - h)), data.draw(st.integers(0, width - w)), h, w)
-    size_px = data.draw(st.sampled_from([4, 17, 32, 64]))
-    image = random_images(1, height, width)
-    expected = F.resized_crop(as_float(image), *box, [size_px, size_px], antialias=True)
-    assert_near(resized_crop(image, torch.tensor([box]), size_px), expected)
-
-
-def test_resized_crop_takes_float_images() -> None:
-    images, boxes = random_images(2, 20, 20), torch.tensor([[2, 3, 10, 12], [0, 0, 20, 20]])
-    assert_near(resized_crop(as_float(images), boxes, 16), resized_crop(images, boxes, 16))
+JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
 def test_images_of_one_pixel_height() -> None:
@@ -191,80 +58,29 @@ def test_boxes_are_carried_over_to_the_stored_size() -> None:
     assert tiny.tolist() == [[7, 0, 1, 8]]
 
 
-# --- sampling ---
-
-
-def test_same_seed_same_parameters_and_other_seed_others() -> None:
-    sizes = torch.full((64, 2), 32)
-    first, again = (sample_view_params(LACVIT, sizes, generator(3)) for _ in range(2))
-    other = sample_view_params(LACVIT, sizes, generator(4))
-    for name in vars(first):
-        assert torch.equal(getattr(first, name), getattr(again, name))
-    assert not torch.equal(first.boxes, other.boxes)
-    assert not torch.equal(first.factors, other.factors)
-
-
-@pytest.mark.parametrize("size", [(32, 32), (48, 64), (120, 80), (30, 200), (200, 30)])
-def test_boxes_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
-    """Means and deciles of all four box values over 4,000 draws, in shares of the side."""
-    count = 4000
-    torch.manual_seed(0)
-    crop = v2.RandomResizedCrop(32, scale=(0.2, 1.0))
-    image = torch.empty(3, *size)
-    drawn = [crop.make_params([image]) for _ in range(count)]
-    keys = ("top", "left", "height", "width")
-    theirs = torch.tensor([[float(d[key]) for key in keys] for d in drawn])
-    sizes = torch.tensor(size).expand(count, 2)
-    ours = sample_view_params(LACVIT, sizes, generator()).boxes.float()
-    scale = torch.tensor([*size, *size])
-    levels = torch.linspace(0.1, 0.9, 9)
-    assert_near(ours.mean(0) / scale, theirs.mean(0) / scale, 0.015)
-    assert_near(ours.quantile(levels, 0) / scale, theirs.quantile(levels, 0) / scale, 0.05)
-
-
-@pytest.mark.parametrize("size", [(1, 100), (100, 1), (10, 500), (500, 10)])
-def test_fallback_is_torchvisions_central_crop(size: tuple[int, int]) -> None:
-    config = replace(LACVIT, scale=(1.0, 1.0))
-    crop = v2.RandomResizedCrop(32, scale=(1.0, 1.0))
-    expected = crop.make_params([torch.empty(3, *size)])
-    box = sample_view_params(config, torch.tensor([size]), generator()).boxes[0].tolist()
-    assert box == [expected[key] for key in ("top", "left", "height", "width")]
-
-
-def test_probabilities_factors_and_orders() -> None:
-    count = 20_000
-    params = sample_view_params(LACVIT, torch.full((count, 2), 32), generator())
-    for name, expected in (("flip", 0.5), ("jitter", 0.8), ("grayscale", 0.2)):
-        assert abs(getattr(params, name).float().mean().item() - expected) < 0.015
-    low, high = params.factors.amin(0), params.factors.amax(0)
-    assert_near(low, torch.tensor([0.6, 0.6, 0.6, -0.1]), 1e-3)
-    assert_near(high, torch.tensor([1.4, 1.4, 1.4, 0.1]), 1e-3)
-    assert_near(params.factors.mean(0), torch.tensor([1.0, 1.0, 1.0, 0.0]), 0.01)
-    counts = Counter(map(tuple, params.order.tolist()))
-    assert len(counts) == 24
-    assert min(counts.values()) > count / 24 * 0.85
-
-
-def test_strong_jitter_never_has_negative_factors() -> None:
-    config = replace(LACVIT, jitter=(2.0, 2.0, 2.0, 0.5))
-    params = sample_view_params(config, torch.full((2000, 2), 32), generator())
-    assert params.factors[:, :3].min() >= 0
-
-
-# --- whole views ---
-
-
 def torchvision_view(image: Tensor, params: ViewParams, row: int, config: ViewConfig) -> Tensor:
     """The same view by torchvision's functions, one image at a time."""
-    size = [config.size_px, config.size_px]
-    view = F.resized_crop(as_float(image), *params.boxes[row].tolist(), size, antialias=True)
+    size, mode = [config.size_px, config.size_px], InterpolationMode(config.interpolation)
+    box = params.boxes[row].tolist()
+    view = F.resized_crop(as_float(image), *box, size, mode, antialias=True).clamp(0, 1)
     if params.flip[row]:
         view = F.horizontal_flip(view)
+    if params.vflip[row]:
+        view = F.vertical_flip(view)
+    view = F.rotate(view, float(params.degrees[row]))
     if params.jitter[row]:
         for index in params.order[row].tolist():
-            view = OPERATIONS[index][1](view, float(params.factors[row, index]))
+            view = JITTER[index](view, float(params.factors[row, index]))
+    sigma = float(params.blur_sigma_px[row])
+    reach = min(math.ceil(4 * config.blur_sigma_px[1]), config.size_px - 1)
+    if sigma and config.blur_before_grayscale:
+        view = F.gaussian_blur(view, [2 * reach + 1] * 2, [sigma, sigma])
     if params.grayscale[row]:
         view = F.rgb_to_grayscale(view, num_output_channels=3)
+    if sigma and not config.blur_before_grayscale:
+        view = F.gaussian_blur(view, [2 * reach + 1] * 2, [sigma, sigma])
+    if params.solarise[row]:
+        view = F.solarize(view, config.solarise_threshold)
     normalised: Tensor = F.normalize(view, list(config.mean), list(config.std))
     return normalised
 
@@ -280,6 +96,72 @@ def test_views_equal_torchvision_in_all_orders(size_px: int) -> None:
     views = ViewPipeline(config).render(images, params)
     expected = [torchvision_view(image, params, i, config) for i, image in enumerate(images)]
     assert_near(views, torch.stack(expected), 5e-5)
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol", "mae_minimal"])
+@pytest.mark.parametrize("size_px", [20, 80])
+def test_views_of_presets_equal_torchvision(name: str, size_px: int) -> None:
+    """A value within rounding of the threshold may be solarised by one and not by the other."""
+    images = random_images(24, 48, 48)
+    pipeline = ViewPipeline(*VIEW_PRESETS[name](size_px, mean=MEAN, std=STD))
+    drawn = pipeline.draw(torch.full((24, 2), 48), generator(1), num_views=2)
+    for params in drawn:
+        views = pipeline.render(images, params)
+        rows = [torchvision_view(im, params, i, pipeline.config) for i, im in enumerate(images)]
+        other = (views - torch.stack(rows)).abs() > 5e-5
+        assert other.float().mean() < 1e-4
+
+
+def test_views_with_vertical_flips_and_turns_equal_torchvision() -> None:
+    config = replace(LACVIT, size_px=31, vflip_prob=0.5, rotation_prob=0.5, solarise_prob=0.5)
+    images = random_images(24, 48, 48)
+    params = sample_view_params(config, torch.full((24, 2), 48), generator(1))
+    views = ViewPipeline(config).render(images, params)
+    rows = [torchvision_view(image, params, i, config) for i, image in enumerate(images)]
+    assert ((views - torch.stack(rows)).abs() > 5e-5).float().mean() < 1e-4
+
+
+def test_padded_crops_are_windows_of_the_padded_image() -> None:
+    config = ViewConfig(size_px=16, pad_px=4, flip_prob=0.0)
+    images = random_images(200, 16, 16)
+    params = sample_view_params(config, torch.full((200, 2), 16), generator())
+    views = ViewPipeline(config).render(images, params)
+    padded = F.pad(as_float(images), [4, 4, 4, 4])
+    for view, image, (down, right) in zip(views, padded, params.shift.tolist(), strict=True):
+        top, left = 4 - down, 4 - right
+        assert_near(view, image[:, top : top + 16, left : left + 16])
+    assert set(params.shift.flatten().tolist()) == set(range(-4, 5))
+
+
+def test_two_kinds_of_views_are_drawn_each_by_its_own_config() -> None:
+    first = replace(LACVIT, blur_prob=1.0)
+    second = replace(LACVIT, blur_prob=0.0, solarise_prob=1.0)
+    pipeline = ViewPipeline(first, second)
+    sizes = torch.full((8, 2), 32)
+    drawn = pipeline.draw(sizes, generator(), num_views=2)
+    assert (drawn[0].blur_sigma_px > 0).all()
+    assert not drawn[0].solarise.any()
+    assert not drawn[1].blur_sigma_px.any()
+    assert drawn[1].solarise.all()
+    images = random_images(8, 32, 32)
+    both = pipeline.views(images, sizes, generator(), num_views=2)
+    assert torch.equal(both[:8], pipeline.render(images, drawn[0]))
+    with pytest.raises(ValueError, match="3 views asked of a pipeline of 2 views"):
+        pipeline.draw(sizes, generator(), num_views=3)
+    with pytest.raises(ValueError, match="may differ in scale"):
+        ViewPipeline(first, replace(second, size_px=16))
+
+
+def test_erased_boxes_are_noise_after_normalisation() -> None:
+    config = replace(LACVIT, size_px=40, erase_prob=1.0)
+    images = random_images(6, 48, 48)
+    params = sample_view_params(config, torch.full((6, 2), 48), generator())
+    views = ViewPipeline(config).render(images, params)
+    whole = replace(params, erase_boxes=torch.zeros_like(params.erase_boxes))
+    changed = views != ViewPipeline(config).render(images, whole)
+    for row, (top, left, height, width) in enumerate(params.erase_boxes.tolist()):
+        assert changed[row, :, top : top + height, left : left + width].all()
+        assert changed[row].count_nonzero() == 3 * height * width
 
 
 def test_same_seed_same_views() -> None:
@@ -300,7 +182,7 @@ def test_two_views_are_view_major_and_independent() -> None:
 @pytest.mark.parametrize("size_px", [32, 80])
 def test_other_images_of_the_batch_do_not_matter(size_px: int) -> None:
     """1e-6: matrix products of other shapes may sum in another order."""
-    config = replace(LACVIT, size_px=size_px)
+    config = replace(EVERYTHING, size_px=size_px)
     images = random_images(30, 48, 48)
     params = sample_view_params(config, torch.full((30, 2), 48), generator(2))
     views = ViewPipeline(config).render(images, params)
@@ -363,7 +245,7 @@ def test_empty_batch() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("size_px", [32, 80])
 def test_a_gpu_gives_the_views_of_the_cpu(size_px: int) -> None:
-    config = replace(LACVIT, size_px=size_px)
+    config = replace(EVERYTHING, size_px=size_px)
     images, sizes = random_images(16, 48, 48), torch.full((16, 2), 48)
     on_cpu = ViewPipeline(config).views(images, sizes, generator(), num_views=2)
     on_gpu = ViewPipeline(config).views(images.cuda(), sizes, generator(), num_views=2)
