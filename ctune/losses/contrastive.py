@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ctune.unit_length import unit_length
+
 ContrastMode = Literal["all", "one"]
 NoPositive = Literal["zero", "skip", "raise"]
 
@@ -82,14 +84,20 @@ def supervised_contrastive_loss(
 
 
 def nt_xent_loss(
-    features: Tensor, *, temperature: float, base_temperature: float | None = None
+    features: Tensor,
+    *,
+    temperature: float,
+    base_temperature: float | None = None,
+    normalize: bool = False,
 ) -> Tensor:
     """NT-Xent (arXiv 2002.05709, Eq. 1): SupCon where the positives are the image's other views.
 
     Args:
-        features: [B, V, d], used as given.
+        features: [B, V, d].
         temperature: divides the similarities.
         base_temperature: as in ``supervised_contrastive_loss``; None: factor 1, as in SimCLR.
+        normalize: scale the features to unit length first, in float32 at least; else they are used
+            as given.
 
     Returns:
         Scalar loss, float32 or float64.
@@ -97,6 +105,8 @@ def nt_xent_loss(
     Raises:
         ValueError: as ``supervised_contrastive_loss``; V = 1 leaves no anchor with a positive.
     """
+    if normalize:
+        features = unit_length(features)
     return supervised_contrastive_loss(
         features, temperature=temperature, base_temperature=base_temperature
     )

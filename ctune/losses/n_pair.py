@@ -75,8 +75,18 @@ def n_pair_loss(embeddings: Tensor, pairs: Tensor, *, l2_reg: float = 0.02) -> T
         anchors, positives = embeddings.to(dtype)[pairs.long()].unbind(1)
         logits = anchors @ positives.T
         contrast = (logits - logits.diagonal()[:, None]).logsumexp(1).mean()
-        squared_norm = anchors.square().sum() + positives.square().sum()
-        return contrast + l2_reg * squared_norm / len(pairs)
+        return contrast + l2_reg * squared_norm_per_pair(embeddings.to(dtype), pairs)
+
+
+def squared_norm_per_pair(embeddings: Tensor, pairs: Tensor) -> Tensor:
+    """Return the squared norms of all anchors and positives, summed and divided by n.
+
+    Args:
+        embeddings: [N, D].
+        pairs: [n, 2] integer rows (anchor, positive).
+    """
+    with torch.autocast(device_type=embeddings.device.type, enabled=False):
+        return embeddings[pairs.long()].square().sum() / len(pairs)
 
 
 def _check_pairs(pairs: Tensor, count: int) -> None:

@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ctune.augment import Shard
 from ctune.backbones import Encoder
 from ctune.data import ImageCache
+from ctune.distributed import World
 from ctune.events import Warned
+from ctune.methods.base_config import PlannedStage
 from ctune.samplers import EpochBatches, Indices
 from ctune.schema import JsonObject
 
@@ -34,6 +37,13 @@ class Batch:
     """Which images of the training split these are, [B]."""
     sizes_px: Tensor
     """Original (height, width) of each image [B, 2]; empty [0, 2] with cached features."""
+    shard: Shard | None = None
+    """Which rows of the global batch these are; None: they are all of it."""
+
+    @property
+    def global_size(self) -> int:
+        """Images of the global batch."""
+        return len(self.labels) if self.shard is None else self.shard.total
 
 
 @dataclass(frozen=True)
@@ -78,19 +88,28 @@ class Stage:
     """Learning rate of an optimizer step, from 0; multiplied by a group's `lr_scale`."""
     accumulate_steps: int = 1
     clip_grad_norm: float | None = None
+    """Largest norm of all gradients together."""
+    clip_tensor_norm: float | None = None
+    """In place of it: largest norm of each tensor's gradient by itself."""
     autocast_dtype: torch.dtype | None = None
+    weight_decay_at: Callable[[int], float] | None = None
+    """Weight decay of an optimizer step for the groups that are `decayed`; None: it is constant."""
 
 
 @dataclass(frozen=True)
-class StagePlan:
+class StagePlan(PlannedStage):
     """A stage before its data and optimizer exist."""
 
-    name: str
-    total_steps: int
-    """Optimizer steps."""
-    image_passes: int
-    """Images that the encoder sees in training, every view counted."""
     start: Callable[[], Stage]
+    finishing: bool = False
+    """Completes the model: still done when the run is asked to finish early."""
+    trains_encoder: bool = True
+    """Whether looks at the encoder during this stage say something."""
+
+    @classmethod
+    def of(cls, planned: PlannedStage, start: Callable[[], Stage], **flags: bool) -> "StagePlan":
+        """Return what the config planned (`MethodConfigBase.plan`) with the way to start it."""
+        return cls(planned.name, planned.total_steps, planned.image_passes, start, **flags)
 
 
 @dataclass(frozen=True)
@@ -121,6 +140,8 @@ class RunContext:
     seed: int
     device: torch.device
     from_scratch: bool
+    world: World = field(default_factory=World)
+    """The processes that train this run together."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +178,3 @@ class FeatureSource:
             positions=positions,
             sizes_px=torch.empty(0, 2, dtype=torch.int64),
         )
-
-
-def steps_per_epoch(sampler: EpochBatches, accumulate_steps: int) -> int:
-    """Return optimizer steps per epoch; a short last group of micro-batches still steps."""
-    return -(-len(sampler) // accumulate_steps)

@@ -1,17 +1,33 @@
 """What every method's config shares: presets, data needs and checks. Never imports torch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import model_validator
 
+from ctune.encoders import EncoderConfig
 from ctune.manifest import DatasetSummary
+from ctune.samplers import Indices
 from ctune.schema import Fault, JsonObject, Schema, merge_defaults
 
 Preset = Literal["paper", "small"]
 Pool = Literal["mean", "cls", "auto"]
+EncoderPool = Pool | Literal["mean_of_normed"]
 Normalization = Literal["encoder", "dataset"]
 Need = Literal["images", "labels"]
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """What a stage will do, known before anything of it exists."""
+
+    name: str
+    total_steps: int
+    """Optimizer steps."""
+    image_passes: int
+    """Images that the encoder sees in training, every view counted."""
 
 
 class MethodConfigBase(Schema):
@@ -33,11 +49,20 @@ class MethodConfigBase(Schema):
     def _lay_over_preset(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
+        return merge_defaults(cls.defaults_for(given), given)
+
+    @classmethod
+    def defaults_for(cls, given: JsonObject) -> JsonObject:
+        """Return what lies below the values `given`, above the fields' own defaults."""
         small = given.get("preset", cls.model_fields["preset"].default) == "small"
-        return merge_defaults(cls.SMALL, given) if small else given
+        return cls.SMALL if small else {}
+
+    def settled(self, encoder: EncoderConfig) -> JsonObject:
+        """Return the fields that are `auto`, with the values that they have for this encoder."""
+        return {}
 
     @property
-    def encoder_pool(self) -> Pool:
+    def encoder_pool(self) -> EncoderPool:
         """How the encoder's tokens become one vector."""
         return "auto"
 
@@ -50,6 +75,33 @@ class MethodConfigBase(Schema):
     def pixel_normalization(self) -> Normalization:
         """Whose pixel mean and standard deviation are used."""
         return "encoder"
+
+    @property
+    def contrast_batches(self) -> dict[str, int]:
+        """Batches whose images are contrasted, which several GPUs must share equally.
+
+        Pointer inside this block to images.
+        """
+        return {}
+
+    def plan(self, summary: DatasetSummary) -> list[PlannedStage]:
+        """Return the stages of a run on this data, in order: what `build` will plan.
+
+        The config is resolved and `check_data` has found no fault.
+        """
+        raise NotImplementedError
+
+    def train_labels(self, summary: DatasetSummary) -> Indices:
+        """Return the labels [N] of the images the method trains on, -1 for none, in any order.
+
+        The order does not matter for how many batches there are.
+        """
+        counts = list(summary.train_classes.values())
+        labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        if "labels" in self.NEEDS:
+            return labels
+        unlabelled = summary.splits.get("train", 0) - len(labels)
+        return np.concatenate([labels, np.full(unlabelled, -1, dtype=np.int64)])
 
     def check_data(self, summary: DatasetSummary) -> list[Fault]:
         """Return what the data set lacks for this method; pointers start inside its block."""

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from ctune.methods.base_config import PlannedStage
+from ctune.samplers import RandomBatchSampler
 from ctune.schema import Fraction, PositiveFloat, Schema
 
 
@@ -26,3 +28,13 @@ class ProbeConfig(Schema):
     """`rrc_flip`: random crop and flip each epoch. `none`: features are computed once."""
     crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Smallest area fraction of the random crop; used with `rrc_flip`."""
+
+    def sampler(self, num_images: int, *, seed: int = 0) -> RandomBatchSampler:
+        """Return the batches of the stage: every image once per epoch."""
+        batch_size = min(self.batch_size, num_images)
+        return RandomBatchSampler(num_images, batch_size, seed=seed, drop_last=False)
+
+    def planned(self, num_images: int) -> PlannedStage:
+        """Return what the stage does with `num_images` training images."""
+        passes = num_images * (1 if self.augment == "none" else self.epochs)
+        return PlannedStage("probe", self.epochs * len(self.sampler(num_images)), passes)

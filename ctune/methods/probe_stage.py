@@ -1,7 +1,5 @@
 """The stage `probe`: cross-entropy on a linear layer over the frozen encoder (lacvit.md 2.2)."""
 
-import functools
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,11 +15,10 @@ from ctune.methods.base import (
     Stage,
     StagePlan,
     StepOutput,
-    steps_per_epoch,
 )
 from ctune.methods.probe_config import ProbeConfig
-from ctune.optim import warmup_cosine_decay_lr
-from ctune.samplers import RandomBatchSampler
+from ctune.optim import make_optimizer
+from ctune.schedules import cosine_to_cube
 from ctune.seeding import make_generator
 
 
@@ -56,16 +53,22 @@ class LinearProbe(Method):
             return batch.inputs
         encoder.eval()
         with torch.no_grad():
-            features: Tensor = encoder(views(batch.inputs, batch.sizes_px, generator))
+            pixels = views(batch.inputs, batch.sizes_px, generator, shard=batch.shard)
+            features: Tensor = encoder(pixels)
         return features
 
 
-def make_classifier(embed_dim: int, num_classes: int, *, seed: int) -> nn.Linear:
-    """Return the head: weight truncated normal of std 0.02, bias 0 (lacvit.md 2.2)."""
+def make_classifier(
+    embed_dim: int, num_classes: int, *, seed: int, std: float | None = 0.02
+) -> nn.Linear:
+    """Return the head: bias 0, weight truncated normal of `std`, Xavier-uniform for None."""
     classifier = nn.Linear(embed_dim, num_classes)
     with torch.no_grad():
         generator = make_generator(seed, "classifier")
-        nn.init.trunc_normal_(classifier.weight, std=0.02, generator=generator)
+        if std is None:
+            nn.init.xavier_uniform_(classifier.weight, generator=generator)
+        else:
+            nn.init.trunc_normal_(classifier.weight, std=std, generator=generator)
         classifier.bias.zero_()
     return classifier
 
@@ -73,10 +76,7 @@ def make_classifier(embed_dim: int, num_classes: int, *, seed: int) -> nn.Linear
 def probe_plan(config: ProbeConfig, context: RunContext, classifier: nn.Linear) -> StagePlan:
     """Plan the stage `probe`: the linear head on the encoder as it then is."""
     num_images = len(context.train_labels)
-    sampler = RandomBatchSampler(
-        num_images, min(config.batch_size, num_images), seed=context.seed, drop_last=False
-    )
-    per_epoch = steps_per_epoch(sampler, 1)
+    sampler = config.sampler(num_images, seed=context.seed)
 
     def start() -> Stage:
         context.encoder.requires_grad_(False)
@@ -100,20 +100,16 @@ def probe_plan(config: ProbeConfig, context: RunContext, classifier: nn.Linear) 
             source=source,
             sampler=sampler,
             epochs=config.epochs,
-            optimizer=torch.optim.SGD(
-                classifier.parameters(),
+            optimizer=make_optimizer(
+                "sgd",
+                [{"params": [*classifier.parameters()], "weight_decay": config.weight_decay}],
                 lr=config.lr,
                 momentum=config.momentum,
-                weight_decay=config.weight_decay,
             ),
-            lr_at=functools.partial(
-                warmup_cosine_decay_lr,
-                steps_per_epoch=per_epoch,
-                base_lr=config.lr,
-                epochs=config.epochs,
-                lr_decay_rate=config.lr_decay_rate,
-            ),
+            lr_at=cosine_to_cube(
+                lr=config.lr, lr_decay_rate=config.lr_decay_rate, epochs=config.epochs
+            ).in_steps(len(sampler), per_epoch=True),
         )
 
-    passes = num_images * (1 if config.augment == "none" else config.epochs)
-    return StagePlan("probe", config.epochs * per_epoch, passes, start)
+    planned = config.planned(num_images)
+    return StagePlan.of(planned, start, finishing=True, trains_encoder=False)

@@ -2,7 +2,8 @@
 
 from typing import ClassVar, Literal
 
-from ctune.methods.base_config import MethodConfigBase
+from ctune.manifest import DatasetSummary
+from ctune.methods.base_config import MethodConfigBase, PlannedStage
 from ctune.methods.probe_config import ProbeConfig
 from ctune.schema import JsonObject
 
@@ -17,3 +18,7 @@ class LinearProbeConfig(MethodConfigBase):
     name: Literal["linear_probe"] = "linear_probe"
     probe: ProbeConfig = ProbeConfig()
     """The linear head."""
+
+    def plan(self, summary: DatasetSummary) -> list[PlannedStage]:
+        """Return the one stage."""
+        return [self.probe.planned(len(self.train_labels(summary)))]

@@ -18,6 +18,8 @@ from ctune.data import ImageCache
 from ctune.events import EventBase
 from ctune.methods import METHOD_CONFIGS, MethodConfig
 from ctune.methods.base import Program, RunContext
+from ctune.methods.base_config import PlannedStage
+from ctune.schema import JsonObject, merge_defaults
 from ctune.seeding import seed_everything
 from ctune.store import PackedStore
 from ctune.train import Hooks, fit
@@ -40,8 +42,9 @@ def test_every_field_is_described(name: str) -> None:
         for field, info in model.model_fields.items():
             if not info.description and field != "name":
                 found.append(f"{path}.{field}")
-            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-                found += undescribed(info.annotation, f"{path}.{field}")
+            for kind in (info.annotation, *get_args(info.annotation)):
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    found += undescribed(kind, f"{path}.{field}")
         return found
 
     assert undescribed(METHOD_CONFIGS[name], name) == []
@@ -69,8 +72,12 @@ def test_resolved_configs_have_no_automatic_values_left_for_the_config(name: str
 class Bench:
     """A method on the tiny data set, built afresh; its checkpoints are kept in memory."""
 
-    def __init__(self, name: str, store: Path, cache_dir: Path) -> None:
-        self.config = resolve(RunConfig.model_validate(tiny_config(name)))
+    def __init__(
+        self, name: str, store: Path, cache_dir: Path, method: JsonObject | None = None
+    ) -> None:
+        """`method` is laid over the method's tiny config."""
+        config = merge_defaults(tiny_config(name), {"method": method or {}})
+        self.config = resolve(RunConfig.model_validate(config))
         self.store = PackedStore(store)
         self.told: list[EventBase] = []
         seed_everything(self.config.seed, "encoder")
@@ -129,6 +136,16 @@ def test_two_steps_are_finite_and_reach_every_trainable_parameter(
             assert not missing, (plan.name, missing)
             stage.optimizer.step()
             stage.optimizer.zero_grad()
+
+
+@EVERY_METHOD
+def test_the_config_plans_the_stages_that_are_built(name: str, store: Path, tmp_path: Path) -> None:
+    bench = Bench(name, store, tmp_path)
+    planned = bench.config.method.plan(bench.store.manifest.summary)
+    built = [
+        PlannedStage(plan.name, plan.total_steps, plan.image_passes) for plan in bench.program.plans
+    ]
+    assert planned == built
 
 
 @EVERY_METHOD

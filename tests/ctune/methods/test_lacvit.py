@@ -1,5 +1,6 @@
 """LaCViT: what is special to it; that it trains, resumes and exports is in the contract."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,18 +8,19 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
-from ctune.augment import ViewConfig, ViewPipeline
 from ctune.config import RunConfig, check, resolve
 from ctune.errors import ConfigError
-from ctune.losses.contrastive import supervised_contrastive_loss
+from ctune.events import Metrics
 from ctune.manifest import DatasetSummary
-from ctune.methods.base import Batch, RunContext
-from ctune.methods.lacvit.advice import CollapseWatch, advise
+from ctune.methods.base import RunContext
+from ctune.methods.lacvit.advice import advise, start_warnings
 from ctune.methods.lacvit.config import ContrastiveConfig, LaCViTConfig
 from ctune.methods.lacvit.method import LaCViT, choose_sampler, loss_floor
 from ctune.samplers import ClassBalancedBatchSampler, RandomBatchSampler
+from ctune.seeding import seed_everything
+from ctune.train import fit
 from tests.ctune.methods.test_contract import Bench
 from tests.squares import tiny_config
 
@@ -78,11 +80,64 @@ def test_the_warmup_fits_into_short_runs(epochs: int, warmup: int) -> None:
         ({"num_views": 1}, "without positives"),
         ({"batch_sampler": "class_balanced", "samples_per_class": 7}, "must divide batch_size"),
         ({"tau": 0.1}, "Extra inputs"),
+        ({"loss": "triplet"}, "'supcon', 'nt_xent' or 'n_pair'"),
+        ({"loss": "nt_xent", "num_views": 1}, "other views of the image; use num_views 2"),
+        ({"loss": "nt_xent", "batch_sampler": "class_balanced"}, "pushes them all apart"),
+        ({"loss": "n_pair", "samples_per_class": 1}, "samples_per_class must be at least 2"),
+        ({"loss": "n_pair", "batch_size": 4}, "another class is the negative"),
+        ({"grad_cache": True, "micro_batch_size": 65}, r"micro_batch_size \(65\) exceeds"),
+        ({"accumulate_steps": 4}, "grad_cache true, batch_size 256 and micro_batch_size 64"),
+        ({"accumulate_steps": 4, "grad_cache": True}, "does not enlarge a contrastive batch"),
     ],
 )
 def test_values_that_cannot_be_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         contrastive(**values)
+
+
+def test_all_that_n_pair_cannot_have_is_told_at_once() -> None:
+    given = {
+        "loss": "n_pair",
+        "num_views": 2,
+        "projection_kind": "mlp",
+        "batch_sampler": "random",
+        "grad_cache": True,
+        "micro_batch_size": 1000,
+    }
+    with pytest.raises(ValidationError) as caught:
+        contrastive(**given)
+    for words in (
+        "num_views must be 1",
+        "projection_kind must be 'none'",
+        "batch_sampler must be 'class_balanced'",
+        "micro_batch_size (1000) exceeds batch_size (64)",
+    ):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("preset", ["small", "paper"])
+def test_n_pair_brings_its_own_defaults(preset: str) -> None:
+    given = {"preset": preset, "contrastive": {"loss": "n_pair", "weight_decay": 0.1}}
+    stage = LaCViTConfig.model_validate(given).contrastive
+    assert (stage.num_views, stage.projection_kind, stage.optimizer) == (1, "none", "adam")
+    assert (stage.batch_sampler, stage.accumulate_steps) == ("class_balanced", 1)
+    assert stage.weight_decay == 0.1, "explicit values win"
+
+
+def test_the_loss_of_simclr_has_one_name() -> None:
+    assert contrastive(loss="simclr") == contrastive(loss="nt_xent")
+
+
+def test_only_the_paper_accumulates() -> None:
+    paper = LaCViTConfig.model_validate({"preset": "paper", "contrastive": {"accumulate_steps": 8}})
+    assert paper.contrastive.accumulate_steps == 8
+    whole = LaCViTConfig.model_validate({"preset": "paper", "contrastive": {"grad_cache": True}})
+    stage = whole.contrastive
+    assert (stage.batch_size, stage.micro_batch_size, stage.accumulate_steps) == (4096, 128, 1)
+    with pytest.raises(ValidationError, match="Only preset 'paper' without grad_cache"):
+        LaCViTConfig.model_validate(
+            {"preset": "paper", "contrastive": {"grad_cache": True, "accumulate_steps": 2}}
+        )
 
 
 def test_data_faults_are_told_with_their_place() -> None:
@@ -133,39 +188,6 @@ def test_the_floor_is_known_for_balanced_batches_only() -> None:
     assert loss_floor(config, random) is None
 
 
-class MeanColour(nn.Module):
-    """An encoder whose vector is the mean colour: it tells which image a view was made of."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.mean(dim=(2, 3))
-
-
-def test_views_of_one_image_stay_together() -> None:
-    """Colours survive crop and flip, so the loss must be that of the colours themselves."""
-    config = contrastive(batch_size=4, num_views=3)
-    colours = torch.randint(0, 255, (4, 3), generator=torch.Generator().manual_seed(0))
-    pixels = colours.to(torch.uint8)[:, :, None, None].expand(4, 3, 8, 8).contiguous()
-    labels = torch.tensor([0, 1, 0, 2])
-    method = LaCViT(
-        MeanColour(),  # type: ignore[arg-type]
-        nn.Identity(),
-        config=config,
-        views=ViewPipeline(ViewConfig(size_px=8)),
-        watch=CollapseWatch(config, total_steps=10, steps_per_epoch=5),
-        loss_floor=None,
-    )
-    method.watch.remember = lambda encoder: None  # type: ignore[method-assign]
-    batch = Batch(
-        inputs=pixels, labels=labels, positions=np.arange(4), sizes_px=torch.full((4, 2), 8)
-    )
-    loss = method.step(batch, torch.Generator().manual_seed(1)).loss
-    features = (colours / 255)[:, None, :].expand(4, 3, 3)
-    expected = supervised_contrastive_loss(
-        features, labels, temperature=config.temperature, base_temperature=config.base_temperature
-    )
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
-
-
 def test_the_probe_stage_leaves_the_encoder_alone(store: Path, tmp_path: Path) -> None:
     bench = Bench("lacvit", store, tmp_path)
     before = {name: value.clone() for name, value in bench.encoder.state_dict().items()}
@@ -180,44 +202,81 @@ def test_the_probe_stage_leaves_the_encoder_alone(store: Path, tmp_path: Path) -
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def watch(**values: Any) -> CollapseWatch:
-    return CollapseWatch(contrastive(**values), total_steps=100, steps_per_epoch=10)
+def train(bench: Bench) -> dict[str, float]:
+    """Train stage 1 and return its last metrics."""
+    plan = bench.program.plans[0]
+    fit(plan.start(), name=plan.name, seed=1, start_step=0, hooks=bench.hooks(lambda step: None))
+    (*_, last) = (event for event in bench.told if isinstance(event, Metrics))
+    return {name: value for name, value in last.values.items() if value is not None}
 
 
-def test_collapsed_vectors_are_told_once_after_fifty_steps() -> None:
-    watcher, encoder = watch(), nn.Linear(2, 2)
-    z = torch.nn.functional.normalize(torch.ones(4, 2, 8), dim=-1)
-    labels = torch.tensor([0, 0, 1, 1])
-    codes = []
-    for step in range(80):
-        watcher.observe(z, labels, torch.tensor(9.0))
-        codes += [(step, w.code) for w in watcher.warnings(step, encoder)]
-    assert codes == [(49, "collapse")]
+@pytest.mark.parametrize(
+    ("loss", "metrics"),
+    [
+        ("supcon", {"z_std", "positive_share", "loss_above_floor"}),
+        ("nt_xent", {"z_std"}),
+        ("n_pair", {"z_std", "positive_share", "squared_norm"}),
+    ],
+)
+def test_every_loss_trains_alike_with_and_without_gradient_caching(
+    loss: str, metrics: set[str], store: Path, tmp_path: Path
+) -> None:
+    stage = {"loss": loss, "epochs": 2, "lr": 1e-4}
+    if loss == "supcon":
+        stage["batch_sampler"] = "class_balanced"
+    whole = Bench("lacvit", store, tmp_path / "whole", {"contrastive": stage})
+    cached = Bench(
+        "lacvit",
+        store,
+        tmp_path / "cached",
+        {"contrastive": stage | {"grad_cache": True, "micro_batch_size": 5}},
+    )
+    last, also = train(whole), train(cached)
+    assert metrics == last.keys() & {"z_std", "positive_share", "loss_above_floor", "squared_norm"}
+    assert also["loss"] == pytest.approx(last["loss"], rel=1e-3)
+    assert also["grad_norm"] == pytest.approx(last["grad_norm"], rel=1e-3)
 
 
-def test_a_loss_at_its_uniform_value_is_a_collapse() -> None:
-    watcher, encoder = watch(temperature=0.1, base_temperature=0.07), nn.Linear(2, 2)
-    z = torch.randn(4, 2, 8, generator=torch.Generator().manual_seed(0))
-    uniform = torch.tensor(0.1 / 0.07 * np.log(7))
-    watcher.observe(z, torch.tensor([0, 0, 1, 1]), uniform)
-    assert watcher.warnings(11, encoder) == []
-    assert [w.code for w in watcher.warnings(55, encoder)] == ["collapse"]
+def test_nt_xent_looks_at_no_label(store: Path, tmp_path: Path) -> None:
+    bench = Bench("lacvit", store, tmp_path, {"contrastive": {"loss": "nt_xent"}})
+    stage = bench.program.plans[0].start()
+    batch = stage.source.fetch(stage.sampler.batches(0)[0])
+    losses = []
+    for labels in (batch.labels, torch.full_like(batch.labels, -1)):
+        seed_everything(0)
+        given = dataclasses.replace(batch, labels=labels)
+        losses.append(stage.method.step(given, torch.Generator().manual_seed(0)).loss)
+    assert torch.equal(*losses)
 
 
-def test_few_positives_and_an_encoder_that_stands_still_are_told_after_epoch_one() -> None:
-    watcher, encoder = watch(), nn.Linear(2, 2)
-    watcher.remember(encoder)
-    z = torch.randn(4, 2, 8, generator=torch.Generator().manual_seed(0))
-    for _ in range(10):
-        watcher.observe(z, torch.tensor([0, 1, 2, 3]), torch.tensor(1.0))
-    resumed = watch()
-    resumed.load_state_dict(watcher.state_dict())
-    assert {w.code for w in resumed.warnings(9, encoder)} == {"few_positives", "no_update"}
-    with torch.no_grad():
-        encoder.weight.add_(0.1)
-    watcher.observe(z, torch.tensor([0, 0, 1, 1]), torch.tensor(1.0))
-    assert {w.code for w in watcher.warnings(9, encoder)} == {"few_positives"}
-    assert watcher.warnings(19, encoder) == []
+def test_n_pair_takes_raw_vectors_of_one_view(store: Path, tmp_path: Path) -> None:
+    bench = Bench("lacvit", store, tmp_path, {"contrastive": {"loss": "n_pair"}})
+    assert not bench.program.modules["projection_head"].state_dict()
+    plan = bench.program.plans[0]
+    assert plan.image_passes == plan.total_steps * 12
+    stage = plan.start()
+    batch = stage.source.fetch(stage.sampler.batches(0)[0])
+    output = stage.method.step(batch, torch.Generator().manual_seed(0))
+    assert isinstance(stage.method, LaCViT)
+    vectors = stage.method.embed(batch, torch.Generator().manual_seed(0))
+    assert vectors.shape == (12, 1, 24)
+    assert not torch.allclose(vectors.norm(dim=2), torch.ones(12, 1), atol=0.1)
+    assert float(output.loss.detach()) > float(output.metrics["squared_norm"]) * 0.02 > 0
+
+
+def start_codes(labels: np.ndarray, **values: Any) -> set[str]:
+    config = LaCViTConfig.model_validate(values)
+    start = context(labels)
+    start.classes, start.encoder = ["a", "b", "c"], nn.Linear(1, 1)  # type: ignore[assignment]
+    return {warning.code for warning in start_warnings(config, start)}
+
+
+def test_the_start_tells_what_config_and_labels_call_for() -> None:
+    labels = np.array([0, 0, 1, 1, 2])
+    scratch = "encoder_from_scratch"
+    assert start_codes(labels) == {scratch, "class_with_one_sample"}
+    assert start_codes(labels[:4], preset="paper") == {scratch, "accumulated_contrast"}
+    assert start_codes(labels, contrastive={"loss": "nt_xent"}) == {scratch}
 
 
 def test_advice_compares_before_and_after() -> None:

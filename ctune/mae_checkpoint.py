@@ -1,0 +1,126 @@
+"""Checkpoints of masked autoencoders as their authors publish them, as timm state dicts.
+
+Three forms: an encoder ``{"model": ...}``, a whole pre-training ``{"model": ...}`` with decoder and
+mask token (both of facebookresearch/mae), and ``{"state_dict": ...}`` without a position of the
+class token (ml-jku/MAE-CT). Letters: D width, L = g x g patches.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctune.errors import CheckpointFormatError, EncoderError
+from ctune.position_embedding import resize_pos_embed
+from ctune.weights import FIRST_LAYER
+
+NESTS = ("model", "state_dict")
+DROPPED = ("mask_token", "decoder_", "head.", "fc_norm.")
+"""How keys begin that are no part of a timm encoder as it was pre-trained."""
+OFFICIAL_LICENCE = "cc-by-nc-4.0"
+"""Of the weights of facebookresearch/mae; those of MAE-CT came without one."""
+BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+
+def is_pretraining_state_dict(weights: Mapping[str, Any]) -> bool:
+    """Return whether flat weights are those of a masked autoencoder with its decoder."""
+    has_decoder = any(key.startswith("decoder_") for key in weights)
+    return has_decoder and {"mask_token", "cls_token"} <= weights.keys()
+
+
+def checkpoint_licence(checkpoint: Mapping[str, Any]) -> str:
+    """Return the licence of published weights, by the form of their checkpoint."""
+    return OFFICIAL_LICENCE if "model" in checkpoint else "unknown"
+
+
+def convert_encoder_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the encoder of a checkpoint as a timm state dict; nothing is resized.
+
+    Decoder, mask token and what belongs to a classifier are dropped. A position table of L rows
+    gets a first row of zeros for the class token; one of 1 + L rows stays as it is.
+
+    Raises:
+        CheckpointFormatError: no mapping under ``model`` or ``state_dict``, no patch embedding in
+            it, or a position table whose rows are neither L nor 1 + L.
+    """
+    inner = next((checkpoint[nest] for nest in NESTS if nest in checkpoint), None)
+    if not isinstance(inner, Mapping) or FIRST_LAYER not in inner or "pos_embed" not in inner:
+        found = f"the top level of the checkpoint holds {_listed(checkpoint)}"
+        if isinstance(inner, Mapping):
+            found += f", and below it {_listed(inner)}"
+        raise CheckpointFormatError(
+            f"not a checkpoint of a masked autoencoder: {found}",
+            hint=f"it must hold {FIRST_LAYER} and pos_embed under 'model' or 'state_dict'; save"
+            " other weights as safetensors with timm's keys",
+        )
+    state = {key: value for key, value in inner.items() if not key.startswith(DROPPED)}
+    return state | {"pos_embed": _with_class_row(state["pos_embed"])}
+
+
+def fit_encoder_state_dict(weights: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """Return a converted state dict with its positions [1, 1 + L, D] resized for a timm ViT.
+
+    Resized as the official code does it: bicubic without antialiasing, which timm would apply.
+
+    Raises:
+        EncoderError: ``weights_mismatch``: another patch size, width or depth, or an encoder
+            that has no class token with a position.
+    """
+    wanted = {key: tuple(value.shape) for key, value in backbone.state_dict().items()}
+    if FIRST_LAYER not in wanted or not {"cls_token", "pos_embed"} <= wanted.keys():
+        raise _mismatch("the encoder is not a vision transformer with class token and positions")
+    theirs, ours = tuple(weights[FIRST_LAYER].shape), wanted[FIRST_LAYER]
+    for what, a, b in (
+        ("patch size", theirs[2:], ours[2:]),
+        ("channels", theirs[1], ours[1]),
+        ("width", theirs[0], ours[0]),
+        ("depth", _depth(weights), _depth(wanted)),
+    ):
+        if a != b:
+            raise _mismatch(f"{what} {_shown(a)} in the checkpoint, {_shown(b)} in the encoder")
+    grid = math.isqrt(wanted["pos_embed"][1] - 1)
+    if wanted["pos_embed"][1] != 1 + grid * grid:
+        raise _mismatch("the encoder's positions are not those of a class token and a square")
+    return {**weights, "pos_embed": resize_pos_embed(weights["pos_embed"], grid)}
+
+
+def _with_class_row(positions: Tensor) -> Tensor:
+    rows = positions.shape[1]
+    with_class, without = _is_square(rows - 1), _is_square(rows)
+    if with_class == without:
+        raise CheckpointFormatError(
+            f"the position table has {rows} rows: neither a square number nor one more",
+            hint="give a checkpoint of square images",
+        )
+    if with_class:
+        return positions
+    return torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+
+
+def _is_square(number: int) -> bool:
+    return math.isqrt(number) ** 2 == number
+
+
+def _depth(keys: Mapping[str, Any]) -> int:
+    return len({found[1] for key in keys if (found := BLOCK.match(key))})
+
+
+def _shown(value: int | tuple[int, ...]) -> str:
+    return " x ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _listed(mapping: Mapping[str, Any], most: int = 20) -> str:
+    names = [str(name) for name in mapping]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "nothing") + more
+
+
+def _mismatch(said: str) -> EncoderError:
+    return EncoderError(
+        f"the weights do not fit: {said}",
+        hint="check the architecture's name and options against the checkpoint",
+        code="weights_mismatch",
+    )
