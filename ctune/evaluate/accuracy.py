@@ -1,9 +1,11 @@
-"""Top-k accuracy. Letters: n samples, C classes."""
+"""The class of a score and top-k accuracy. Letters: n samples, C classes."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ctune.evaluate.inputs import check_labels
 
 
 def topk_accuracy(logits: Tensor, targets: Tensor, topk: Sequence[int] = (1, 5)) -> list[float]:
@@ -25,18 +27,22 @@ def topk_accuracy(logits: Tensor, targets: Tensor, topk: Sequence[int] = (1, 5))
     n, C = logits.shape
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("logits holds a non-finite value; the model has diverged")
-    if targets.shape != (n,) or targets.is_floating_point():
-        raise ValueError(
-            f"targets has shape {list(targets.shape)} and dtype {targets.dtype}; it must hold "
-            f"{n} integers"
-        )
-    if bool((targets < 0).any()) or bool((targets >= C).any()):
-        raise ValueError(f"targets points outside the {C} classes; they are 0..{C - 1}")
+    column = check_labels(targets, n, "targets", num_classes=C)[:, None]
     for k in topk:
         if not 1 <= k <= C:
             raise ValueError(f"topk holds {k}, but there are {C} classes; use 1..{C}")
-    column = targets.long()[:, None]
     own = logits.gather(1, column)
     earlier = torch.arange(C, device=logits.device)[None, :] < column
     rank = ((logits > own) | ((logits == own) & earlier)).sum(1)
     return [int((rank < k).sum()) / n for k in topk]
+
+
+def first_largest(scores: Tensor) -> Tensor:
+    """Column [n] of each row's largest score, the first among equals: argmax leaves that open.
+
+    Args:
+        scores: [n, C] without NaN.
+    """
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    is_largest = scores == scores.amax(1, keepdim=True)
+    return torch.where(is_largest, columns, scores.shape[1]).amin(1)

@@ -10,6 +10,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from ctune.evaluate.inputs import check_features, check_labels, unit_rows
+
 PAIR_BLOCK_ROWS = 256
 
 
@@ -120,15 +122,9 @@ def class_cosine_similarity(
         ValueError: features not finite [N, D] with N >= 2; a zero row; labels not [N] integers;
             num_bins < 1; no pair of one class, or none of two.
     """
-    X = _unit_rows(features)
+    X, classes = _unit_rows_of_classes(features, labels)
     if num_bins < 1:
         raise ValueError(f"num_bins is {num_bins}; it must be at least 1")
-    if labels.shape != (X.shape[0],) or labels.is_floating_point():
-        raise ValueError(
-            f"labels has shape {list(labels.shape)} and dtype {labels.dtype}; it must hold "
-            f"{X.shape[0]} integers"
-        )
-    classes = torch.unique(labels.to(X.device), return_inverse=True)[1]
     means, counts = _pair_means(X, classes)
     deviations, histograms = _pair_spread(X, classes, means, num_bins)
     intra, inter = (histograms[0] / counts[0], histograms[1] / counts[1])
@@ -144,6 +140,27 @@ def class_cosine_similarity(
         "gap": means[0] - means[1],
         "overlap": float(torch.minimum(intra, inter).sum()),
     }
+
+
+def class_mean_cosines(features: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Mean cosine over all pairs of one class and over all pairs of two, from the class sums.
+
+    Args:
+        features: [N, D].
+        labels: [N] integers.
+
+    Raises:
+        ValueError: features not finite [N, D] with N >= 2; a zero row; labels not [N] integers; no
+            pair of one class, or none of two.
+    """
+    return _pair_means(*_unit_rows_of_classes(features, labels))[0]
+
+
+def _unit_rows_of_classes(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit rows [N, D] and the classes [N], counted from 0."""
+    X = _unit_rows(features)
+    checked = check_labels(labels, X.shape[0]).to(X.device)
+    return X, torch.unique(checked, return_inverse=True)[1]
 
 
 def _pair_means(X: Tensor, classes: Tensor) -> tuple[tuple[float, float], tuple[int, int]]:
@@ -183,21 +200,9 @@ def _pair_spread(
     return deviations, histograms
 
 
-def _checked(features: Tensor) -> Tensor:
-    if features.ndim != 2 or features.shape[1] == 0:
-        raise ValueError(f"features has shape {list(features.shape)}; it must be [N, D]")
-    if features.shape[0] < 2:
-        raise ValueError(f"features holds {features.shape[0]} rows; at least 2 are needed")
-    if not bool(torch.isfinite(features).all()):
-        raise ValueError("features holds a non-finite value; the encoder has diverged")
-    return features.detach().to(torch.float64)
-
-
 def _unit_rows(features: Tensor) -> Tensor:
-    X = _checked(features)
-    norms = torch.linalg.vector_norm(X, dim=1, keepdim=True)
-    zero = int((norms == 0).sum())
-    if zero:
-        raise ValueError(f"features holds {zero} zero rows, which have no direction; remove them")
-    unit: Tensor = X / norms
-    return unit
+    return unit_rows(_checked(features))
+
+
+def _checked(features: Tensor) -> Tensor:
+    return check_features(features, min_rows=2).double()

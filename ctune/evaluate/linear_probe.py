@@ -1,15 +1,20 @@
-"""Linear probe on cached features: one linear head per learning rate, all trained together.
+"""Linear probe of a frozen encoder: one linear head per learning rate, all trained together.
 
-Source: LaCViT (arXiv 2303.18013), stage 2, as in longkukuhi/LaCViT, ``main_linear.py``: one Linear
-on raw features, weight ~ truncated normal std 0.02, bias 0, cross-entropy, SGD with momentum,
-cosine per epoch. Deviations: a grid of rates instead of one, E epochs instead of E + 1, the last
-epoch's accuracy instead of the best one on the test set.
+Two protocols. ``cached``: the heads train on features that were computed once. ``full``: they train
+on features of random crops, one encoding for all heads. Two recipes of training:
+
+- MAE-CT (arXiv 2304.10520), ``mae_ct_protocol``. Deviation: the rate is chosen on a held-out part
+  of the train set; its published numbers are the best over all rates and epochs on the test set.
+- LaCViT (arXiv 2303.18013), stage 2, longkukuhi/LaCViT ``main_linear.py``: the defaults of
+  ``ProbeProtocol``. Deviations: a grid of rates instead of one, E epochs instead of E + 1, the last
+  epoch's accuracy instead of the best one on the test set.
 
 Letters: G learning rates, C classes, D dimensions, N train and M test samples, n of a batch.
 """
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,67 +22,82 @@ from torch import Tensor, nn
 
 from ctune.errors import DivergedError
 from ctune.evaluate.accuracy import topk_accuracy
-from ctune.optim import cosine_decay_lr
-from ctune.samplers import RandomBatchSampler
+from ctune.evaluate.head_training import (
+    Heads,
+    Layer,
+    cached_source,
+    epoch_batches,
+    train_heads,
+    with_ones,
+)
+from ctune.evaluate.inputs import check_features, check_labels, check_same_dimensions
+from ctune.evaluate.probe_protocol import ProbeProtocol
+
+BATCH_NORM_EPS = 1e-5
+Augmented = Callable[[Tensor, int], Tensor]
+"""(rows [n] of the train set, step) -> features [n, D] of random crops of these images."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProbeProtocol:
-    """How heads are trained and one is chosen; the defaults are LaCViT's with a grid around 0.1."""
+class LinearProbeHead(nn.Module):
+    """The head of MAE-CT's published probes: batch norm without affine parameters, then linear.
 
-    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
-    epochs: int = 100
-    batch_size: int = 128
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    lr_decay_rate: float = 0.2
-    standardize: bool = False
-    """Centre and scale each dimension by the train set first: MAE's affine-free batch norm."""
-    holdout_fraction: float = 0.1
-    """Share of each class of the train set that chooses the rate."""
-    seed: int = 0
+    Weight truncated normal of std 0.01, bias 0. forward: features [n, D] -> logits [n, C].
+    """
 
-    def __post_init__(self) -> None:
-        """Raise ValueError, naming the field, for a value out of range."""
-        bounds = {
-            "learning_rates": bool(self.learning_rates)
-            and all(0 < rate < math.inf for rate in self.learning_rates),
-            "epochs": self.epochs >= 1,
-            "batch_size": self.batch_size >= 1,
-            "momentum": 0 <= self.momentum < 1,
-            "weight_decay": self.weight_decay >= 0,
-            "lr_decay_rate": 0 <= self.lr_decay_rate <= 1,
-            "holdout_fraction": 0 < self.holdout_fraction < 1,
-        }
-        for name, within in bounds.items():
-            if not within:
-                raise ValueError(f"{name} is {getattr(self, name)}, which is out of range")
+    def __init__(
+        self, dim: int, num_classes: int, *, eps: float = BATCH_NORM_EPS, momentum: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim, eps=eps, momentum=momentum, affine=False)
+        self.linear = nn.Linear(dim, num_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits [n, C]."""
+        logits: Tensor = self.linear(self.norm(features))
+        return logits
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRate:
-    """Outcome of one learning rate; accuracies are fractions, 0 for a head that diverged."""
+    """Outcome of one learning rate of the grid."""
 
     lr: float
     holdout_top1: float | None
-    """On the held-out part of train, trained on the rest; None for a grid of one rate."""
-    top1: float
-    """On the test set, trained on the whole train set, last epoch."""
-    top5: float
-    """Within the 5 largest logits, or all of them with fewer classes."""
+    """On the held-out part of train, trained on the rest; 0 for a head that diverged, None for a
+    grid of one rate."""
     diverged: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbeResult:
-    """Outcome of ``linear_probe``; the rate was chosen without looking at the test set."""
+    """Outcome of ``linear_probe``; accuracies are fractions of the test set, last epoch."""
 
+    protocol: Literal["cached", "full"]
+    """Accuracies of the two do not compare."""
+    lr: float
+    """The rate that was chosen, without a look at the test set."""
+    top1: float
+    top5: float
+    """Within the 5 largest logits, or all of them with fewer classes."""
+    top1_max_on_test: float | None
+    """``full``: the best of all rates and epochs, chosen on the test set itself. Too high by
+    nature; only for comparison with numbers that were published so."""
     rates: tuple[ProbeRate, ...]
-    best: ProbeRate
     weight: Tensor
-    """[C, D] of the chosen head, for raw features: any standardisation is folded in."""
+    """[C, D] of the chosen head, for raw features: any normalisation is folded in."""
     bias: Tensor
     """[C] of the chosen head."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return logits [n, C] of raw features [n, D]."""
+        return _logits((self.weight, self.bias), features.to(self.weight))
+
+
+class _Split(NamedTuple):
+    features: Tensor
+    labels: Tensor
 
 
 def linear_probe(
@@ -88,14 +108,14 @@ def linear_probe(
     *,
     num_classes: int,
     protocol: ProbeProtocol | None = None,
+    augmented: Augmented | None = None,
 ) -> LinearProbeResult:
-    """Train one linear head per learning rate on frozen features and test them.
+    """Train one linear head per learning rate on frozen features and test the chosen one.
 
-    Choice of the rate: heads are first trained on nine tenths of the train set (a seeded share of
-    every class stays out) and the rate with the best top-1 there on the last epoch wins, the
-    smaller one among equals. Heads of all rates are then trained again on the whole train set, and
-    their last epoch's test accuracies are reported. ``best`` is the chosen rate's, never the best
-    on the test set. With a single rate nothing is held out. Deterministic given the seed.
+    Choice of the rate: heads are trained without a seeded tenth of every class, and the rate with
+    the best top-1 there on the last epoch wins, the smaller one among equals. The head that is
+    tested was trained with this rate on the whole train set. With a single rate nothing is held
+    out. Deterministic given the seed.
 
     Args:
         train_features: [N, D] raw encoder features, constant.
@@ -104,147 +124,214 @@ def linear_probe(
         test_labels: [M] integers in [0, C).
         num_classes: C, at least 2.
         protocol: None: the defaults.
+        augmented: makes the protocol ``full``: heads train on what it gives, and train_features
+            only serve to choose the rate.
 
     Raises:
         ValueError: shapes, dtypes or labels do not fit; features not finite; with a grid, no class
-            with enough samples to hold one out.
+            with enough samples to hold one out; ``standardize`` with `augmented`.
         DivergedError: the chosen rate's head is not finite.
     """
     settings = protocol or ProbeProtocol()
-    _check_split(train_features, train_labels, num_classes, "train")
-    _check_split(test_features, test_labels, num_classes, "test")
-    if test_features.shape[1] != train_features.shape[1]:
-        raise ValueError(
-            f"test_features has {test_features.shape[1]} dimensions and train_features "
-            f"{train_features.shape[1]}; both must come from the same encoder"
-        )
-    train, test = _at_least_float32(train_features), _at_least_float32(test_features)
-    y, test_y = train_labels.long().to(train.device), test_labels.long().to(train.device)
-    holdout: list[float | None] = [None] * len(settings.learning_rates)
-    if len(settings.learning_rates) > 1:
-        kept, held = _split_indices(train_labels, settings)
-        kept, held = kept.to(train.device), held.to(train.device)
-        heads = _fit_heads(train[kept], y[kept], num_classes, settings)
-        holdout = [_accuracies(head, train[held], y[held])[0] for head in heads]
-    heads = _fit_heads(train, y, num_classes, settings)
-    test = test.to(train.device)
-    rates = [
-        _tested(lr, held_top1, head, test, test_y)
-        for lr, held_top1, head in zip(settings.learning_rates, holdout, heads, strict=True)
-    ]
-    chosen = max(range(len(rates)), key=lambda i: (rates[i].holdout_top1 or 0.0, -rates[i].lr))
-    if rates[chosen].diverged:
-        raise DivergedError(
-            f"the linear head with learning rate {rates[chosen].lr} is not finite",
-            hint="use smaller probe learning rates, or standardise the features",
-        )
-    weight, bias = heads[chosen]
-    return LinearProbeResult(rates=tuple(rates), best=rates[chosen], weight=weight, bias=bias)
+    if num_classes < 2:
+        raise ValueError(f"num_classes is {num_classes}; a probe needs at least 2")
+    train = _checked_split(train_features, train_labels, num_classes, "train")
+    test = _checked_split(test_features, test_labels, num_classes, "test")
+    check_same_dimensions(train.features, test.features)
+    test = _Split(test.features.to(train.features), test.labels.to(train.labels))
+    if augmented is None:
+        return _probe_cached(train, test, num_classes, settings)
+    return _probe_augmented(train, test, num_classes, settings, augmented=augmented)
 
 
-def _fit_heads(
-    features: Tensor, labels: Tensor, num_classes: int, settings: ProbeProtocol
-) -> list[tuple[Tensor, Tensor]]:
-    """Train the G heads on features [N, D]; return each one's weight [C, D] and bias [C]."""
-    mean, scale = features.new_zeros(features.shape[1]), features.new_ones(features.shape[1])
-    if settings.standardize:
-        mean, scale = features.mean(0), (features.var(0, correction=0) + 1e-5).rsqrt()
-    x = (features - mean) * scale
-    N, D, C, G = len(x), x.shape[1], num_classes, len(settings.learning_rates)
+def _probe_cached(
+    train: _Split, test: _Split, num_classes: int, settings: ProbeProtocol
+) -> LinearProbeResult:
+    """Choose the rate with heads of all rates, then train one head with it on all samples."""
+
+    def fit(rates: Sequence[float], rows: Tensor) -> list[Layer]:
+        norm = _make_norm(train.features[rows], settings)
+        heads = _make_heads(train.features, num_classes, rates, settings)
+        train_heads(
+            heads,
+            cached_source(train.features, norm),
+            labels=train.labels,
+            batches=epoch_batches(rows, settings),
+            protocol=settings,
+        )
+        return _folded(heads, norm)
+
+    rates = settings.learning_rates
+    everything = torch.arange(len(train.labels), device=train.labels.device)
+    if len(rates) == 1:
+        outcomes = [ProbeRate(lr=rates[0], holdout_top1=None, diverged=False)]
+    else:
+        held = _held_out(train.labels, settings)
+        candidates = fit(rates, everything[~held])
+        outcomes = _rated(rates, candidates, _Split(train.features[held], train.labels[held]))
+    chosen = _choose(outcomes)
+    (head,) = fit([rates[chosen]], everything)
+    return _tested(head, outcomes, chosen, test)
+
+
+def _probe_augmented(
+    train: _Split,
+    test: _Split,
+    num_classes: int,
+    settings: ProbeProtocol,
+    *,
+    augmented: Augmented,
+) -> LinearProbeResult:
+    """Train heads for the choice and heads for the test on the same crops, encoded once."""
+    if settings.normalization == "standardize":
+        raise ValueError("normalization 'standardize' needs the features of all crops beforehand")
+    rates = settings.learning_rates
+    G = len(rates)
+    held = _held_out(train.labels, settings) if G > 1 else None
+    norm = _make_norm(train.features, settings)
+    heads = _make_heads(train.features, num_classes, rates * (1 if held is None else 2), settings)
+    best = 0.0
+
+    def after_epoch() -> None:
+        nonlocal best
+        best = max(best, *(_accuracies(head, test)[0] for head in _folded(heads, norm)[:G]))
+
+    def source(rows: Tensor, step: int) -> Tensor:
+        features = augmented(rows, step).to(train.features)
+        return with_ones(features if norm is None else norm(features))
+
+    train_heads(
+        heads,
+        source,
+        labels=train.labels,
+        batches=epoch_batches(torch.arange(len(train.labels)), settings),
+        protocol=settings,
+        held=held,
+        after_epoch=after_epoch,
+    )
+    folded = _folded(heads, norm)
+    outcomes = [ProbeRate(lr=lr, holdout_top1=None, diverged=False) for lr in rates]
+    if held is not None:
+        outcomes = _rated(rates, folded[G:], _Split(train.features[held], train.labels[held]))
+    chosen = _choose(outcomes)
+    return _tested(folded[chosen], outcomes, chosen, test, max_on_test=best)
+
+
+def _make_norm(features: Tensor, settings: ProbeProtocol) -> nn.BatchNorm1d | None:
+    """Return the normalisation, in eval mode where it is fixed by the train features [N, D]."""
+    if settings.normalization == "none":
+        return None
+    # momentum None: running statistics are the mean of all steps, right after few steps as well.
+    norm = nn.BatchNorm1d(features.shape[1], eps=BATCH_NORM_EPS, momentum=None, affine=False)
+    norm = norm.to(features)
+    if settings.normalization == "batch_norm":
+        return norm.train()
+    norm.running_mean = features.mean(0)
+    norm.running_var = features.var(0, correction=0)
+    return norm.eval()
+
+
+def _make_heads(
+    features: Tensor, num_classes: int, rates: Sequence[float], settings: ProbeProtocol
+) -> Heads:
     generator = torch.Generator().manual_seed(settings.seed)
-    start = nn.init.trunc_normal_(torch.empty(C, D), std=0.02, generator=generator)
-    weight = start.to(x).repeat(G, 1, 1)
-    bias = x.new_zeros(G, C)
-    weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
-    rates = x.new_tensor(settings.learning_rates)[:, None]
-    sampler = RandomBatchSampler(N, settings.batch_size, seed=settings.seed, drop_last=False)
-    for epoch in range(settings.epochs):
-        lr = rates * cosine_decay_lr(
-            epoch, base_lr=1.0, epochs=settings.epochs, lr_decay_rate=settings.lr_decay_rate
-        )
-        for batch in sampler.batches(epoch):
-            rows = torch.from_numpy(batch).to(x.device)
-            weight_gradient, bias_gradient = _gradients(weight, bias, x[rows], labels[rows])
-            weight_gradient.add_(weight, alpha=settings.weight_decay)
-            bias_gradient.add_(bias, alpha=settings.weight_decay)
-            weight_velocity.mul_(settings.momentum).add_(weight_gradient)
-            bias_velocity.mul_(settings.momentum).add_(bias_gradient)
-            weight.sub_(lr[..., None] * weight_velocity)
-            bias.sub_(lr * bias_velocity)
-    raw_weight = weight * scale
-    raw_bias = bias - raw_weight @ mean
-    return list(zip(raw_weight.unbind(), raw_bias.unbind(), strict=True))
+    start = torch.empty(num_classes, features.shape[1])
+    if settings.init_std > 0:
+        nn.init.trunc_normal_(start, std=settings.init_std, generator=generator)
+    else:
+        start.zero_()
+    return Heads(
+        [(start.to(features), features.new_zeros(num_classes))],
+        rates,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
 
 
-def _gradients(weight: Tensor, bias: Tensor, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of each head's mean cross-entropy: weight [G, C, D], bias [G, C], x [n, D]."""
-    G, C, D = weight.shape
-    n = len(x)
-    logits = torch.addmm(bias.reshape(-1), x, weight.reshape(G * C, D).T).view(n, G, C)
-    residual = logits.softmax(2)
-    residual[torch.arange(n, device=x.device), :, labels] -= 1
-    residual = residual.view(n, G * C) / n
-    return (residual.T @ x).view(G, C, D), residual.sum(0).view(G, C)
+def _folded(heads: Heads, norm: nn.BatchNorm1d | None) -> list[Layer]:
+    """Weight [C, D] and bias [C] of every head, for raw features."""
+    layers = [heads.layers(i)[0] for i in range(len(heads))]
+    if norm is None or norm.running_mean is None or norm.running_var is None:
+        return layers
+    mean, scale = norm.running_mean, (norm.running_var + norm.eps).rsqrt()
+    return [(weight * scale, bias - (weight * scale) @ mean) for weight, bias in layers]
 
 
-def _accuracies(head: tuple[Tensor, Tensor], features: Tensor, labels: Tensor) -> tuple[float, ...]:
-    """Top-1 and top-5 of one head, 0 if it is not finite."""
-    weight, bias = head
-    logits = torch.addmm(bias, features, weight.T)
-    if not bool(torch.isfinite(logits).all()):
-        return (0.0, 0.0)
-    return tuple(topk_accuracy(logits, labels, (1, min(5, len(bias)))))
+def _rated(rates: Sequence[float], heads: Sequence[Layer], held: _Split) -> list[ProbeRate]:
+    return [
+        ProbeRate(lr=lr, holdout_top1=_accuracies(head, held)[0], diverged=not _is_finite(head))
+        for lr, head in zip(rates, heads, strict=True)
+    ]
+
+
+def _choose(outcomes: Sequence[ProbeRate]) -> int:
+    """Index of the best rate, the smallest among equals."""
+    key = [(rate.holdout_top1 or 0.0, not rate.diverged, -rate.lr) for rate in outcomes]
+    return max(range(len(outcomes)), key=key.__getitem__)
 
 
 def _tested(
-    lr: float, holdout_top1: float | None, head: tuple[Tensor, Tensor], x: Tensor, labels: Tensor
-) -> ProbeRate:
-    top1, top5 = _accuracies(head, x, labels)
-    diverged = not _is_finite(head)
-    return ProbeRate(lr=lr, holdout_top1=holdout_top1, top1=top1, top5=top5, diverged=diverged)
+    head: Layer,
+    outcomes: Sequence[ProbeRate],
+    chosen: int,
+    test: _Split,
+    *,
+    max_on_test: float | None = None,
+) -> LinearProbeResult:
+    lr = outcomes[chosen].lr
+    if not _is_finite(head):
+        raise DivergedError(
+            f"the linear head with learning rate {lr} is not finite",
+            hint="use smaller probe learning rates, or standardise the features",
+        )
+    top1, top5 = _accuracies(head, test)
+    return LinearProbeResult(
+        protocol="cached" if max_on_test is None else "full",
+        lr=lr,
+        top1=top1,
+        top5=top5,
+        top1_max_on_test=max_on_test,
+        rates=tuple(outcomes),
+        weight=head[0],
+        bias=head[1],
+    )
 
 
-def _is_finite(head: tuple[Tensor, Tensor]) -> bool:
+def _accuracies(head: Layer, split: _Split) -> tuple[float, float]:
+    """Top-1 and top-5 of one head, 0 if it is not finite."""
+    logits = _logits(head, split.features)
+    if not bool(torch.isfinite(logits).all()):
+        return (0.0, 0.0)
+    top1, top5 = topk_accuracy(logits, split.labels, (1, min(5, logits.shape[1])))
+    return top1, top5
+
+
+def _logits(head: Layer, features: Tensor) -> Tensor:
+    return torch.addmm(head[1], features, head[0].T)
+
+
+def _is_finite(head: Layer) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in head)
 
 
-def _split_indices(labels: Tensor, settings: ProbeProtocol) -> tuple[Tensor, Tensor]:
-    """Seeded stratified split: (kept, held-out) indices; at least one of every class of two."""
+def _held_out(labels: Tensor, settings: ProbeProtocol) -> Tensor:
+    """Seeded stratified choice of rows, bool [N]: at least one of every class of two."""
     rng = np.random.default_rng(settings.seed % 2**64)
     array = labels.cpu().numpy()
-    held = []
+    out = np.zeros(len(array), dtype=bool)
     for label in np.unique(array):
         members = rng.permutation(np.flatnonzero(array == label))
         share = max(1, round(settings.holdout_fraction * len(members)))
-        count = min(len(members) - 1, share)
-        held.append(members[:count])
-    out = np.zeros(len(array), dtype=bool)
-    out[np.concatenate(held)] = True
+        out[members[: min(len(members) - 1, share)]] = True
     if not out.any():
         raise ValueError(
             f"no class of the {len(array)} train samples has two, so none can be held out to "
             "choose the learning rate; give a single learning rate"
         )
-    return torch.from_numpy(np.flatnonzero(~out)), torch.from_numpy(np.flatnonzero(out))
+    return torch.from_numpy(out).to(labels.device)
 
 
-def _at_least_float32(features: Tensor) -> Tensor:
-    exact = features.detach()
-    return exact if exact.dtype == torch.float64 else exact.float()
-
-
-def _check_split(features: Tensor, labels: Tensor, num_classes: int, name: str) -> None:
-    if features.ndim != 2 or 0 in features.shape or not bool(torch.isfinite(features).all()):
-        raise ValueError(
-            f"{name}_features has shape {list(features.shape)}; it must be finite [N, D], not empty"
-        )
-    if labels.shape != features.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"{name}_labels has shape {list(labels.shape)} and dtype {labels.dtype}; it must hold "
-            f"{features.shape[0]} integers"
-        )
-    if num_classes < 2 or int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        raise ValueError(
-            f"{name}_labels lies in [{int(labels.min())}, {int(labels.max())}] with num_classes "
-            f"{num_classes}; labels are 0..num_classes - 1 of at least 2 classes"
-        )
+def _checked_split(features: Tensor, labels: Tensor, num_classes: int, name: str) -> _Split:
+    x = check_features(features, f"{name}_features")
+    y = check_labels(labels, len(x), f"{name}_labels", num_classes=num_classes)
+    return _Split(x, y.to(x.device))

@@ -1,165 +1,214 @@
 """The protocols that a run asks for, over features of an encoder that were computed once."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from statistics import mean, pstdev
 
 import torch
-from torch import Tensor
 
-from ctune.config import EvaluationConfig, Protocol
+from ctune.errors import DivergedError
+from ctune.evaluate.alignment_uniformity import class_alignment, uniformity
+from ctune.evaluate.classification import Predictions, classification_scores
+from ctune.evaluate.clustering import (
+    clustering_scores,
+    davies_bouldin_score,
+    kmeans_runs,
+    silhouette_score,
+)
 from ctune.evaluate.isotropy import (
     class_cosine_similarity,
     isoscore,
     mean_cosine_similarity,
     partition_isotropy,
 )
-from ctune.evaluate.knn import knn_accuracy
-from ctune.evaluate.linear_probe import ProbeProtocol, linear_probe
+from ctune.evaluate.knn import knn_scores
+from ctune.evaluate.low_shot import (
+    fit_logistic_regression,
+    preprocess_low_shot,
+    sample_low_shot,
+)
+from ctune.evaluate.nearest_neighbor import nearest_neighbor_accuracy
+from ctune.evaluate.rankme import feature_spread, rankme
+from ctune.evaluate.subject import Subject, count_classes, has_pairs
+from ctune.evaluation_config import Protocol
 from ctune.events import Warned
 from ctune.schema import JsonObject
 from ctune.scores import SETTINGS
-from ctune.seeding import make_generator
-
-ONE_SHOT_RATE = 0.1
-"""Learning rate of the linear probe where every class has a single image (lacvit.md 2.2)."""
 
 
-@dataclass(frozen=True)
-class LabelledFeatures:
-    """Features h [N, D] of one split and labels [N] int64, -1 where an image has none."""
-
-    features: Tensor
-    labels: Tensor
-
-    def labelled(self) -> "LabelledFeatures":
-        """Return the rows that have a label."""
-        rows = self.labels >= 0
-        return LabelledFeatures(self.features[rows], self.labels[rows])
-
-    def sample(self, limit: int, seed: int) -> "LabelledFeatures":
-        """Return at most `limit` rows, drawn with `seed`, in their order."""
-        if len(self.labels) <= limit:
-            return self
-        generator = make_generator(seed, "evaluation sample")
-        rows = torch.randperm(len(self.labels), generator=generator)[:limit].sort().values
-        return LabelledFeatures(self.features[rows], self.labels[rows])
-
-
-def evaluate(
-    train: LabelledFeatures,
-    heldout: LabelledFeatures,
-    config: EvaluationConfig,
-    *,
-    num_classes: int,
-    seed: int,
-    warn: Callable[[Warned], None],
-) -> dict[str, JsonObject]:
+def evaluate(subject: Subject, *, warn: Callable[[Warned], None]) -> dict[str, JsonObject]:
     """Return protocol -> metric -> value; accuracies are fractions of the held-out images.
 
-    Protocols that need labels are left out where train or held-out images have fewer than two
-    classes. Every held-out image is scored exactly once. A score that these features do not have
-    (a single image, vectors that are all alike) is left out with a warning.
+    Every held-out image is scored exactly once. A protocol that these images do not allow (no
+    labels, a single image, vectors that are all alike) is left out with a warning that says why.
     """
     results: dict[str, JsonObject] = {}
-    for protocol in config.protocols:
+    left_out: dict[str, list[str]] = {}
+    _warn_of_zeros(subject, warn)
+    for protocol in subject.config.protocols:
         try:
-            scores = _score(
-                protocol, train, heldout, config=config, num_classes=num_classes, seed=seed
-            )
-        except ValueError as error:
-            message = f"{protocol} could not be measured: {error}"
-            warn(Warned(code="not_scored", message=message, hint="look at the held-out images"))
-            continue
-        if scores is not None:
-            results[protocol] = scores
+            results[protocol] = SCORERS[protocol](subject)
+        except (ValueError, DivergedError) as error:
+            left_out.setdefault(str(error), []).append(protocol)
+    for reason, names in left_out.items():
+        message = f"{', '.join(names)} could not be measured: {reason}"
+        warn(Warned(code="not_scored", message=message, hint="look at the held-out images"))
     return results
 
 
-def _score(
-    protocol: Protocol,
-    train: LabelledFeatures,
-    heldout: LabelledFeatures,
-    *,
-    config: EvaluationConfig,
-    num_classes: int,
-    seed: int,
-) -> JsonObject | None:
-    """Return the scores of one protocol, None where the labels do not allow it."""
-    if protocol == "isotropy":
-        return _isotropy(train, heldout, config, seed=seed)
-    train_labelled, heldout_labelled = train.labelled(), heldout.labelled()
-    supervised = _has_two_classes(train_labelled) and len(heldout_labelled.labels) > 0
-    if not supervised:
-        return None
-    if protocol == "knn":
-        return _knn(train_labelled, heldout_labelled, config)
-    return _linear_probe(train_labelled, heldout_labelled, num_classes=num_classes, seed=seed)
+def _warn_of_zeros(subject: Subject, warn: Callable[[Warned], None]) -> None:
+    every = torch.cat([subject.train.features, subject.heldout.features])
+    zeros = int((every == 0).all(1).sum())
+    if zeros:
+        message = f"{zeros} of {len(every)} images have vectors that are all zero"
+        hint = "they are similar to nothing; look at the images and the encoder"
+        warn(Warned(code="zero_vectors", message=message, hint=hint))
 
 
-def _linear_probe(
-    train: LabelledFeatures, heldout: LabelledFeatures, *, num_classes: int, seed: int
-) -> JsonObject:
-    counts = torch.unique(train.labels, return_counts=True)[1]
-    protocol = ProbeProtocol(seed=seed)
-    if int(counts.max()) == 1:  # nothing can be held out to choose a rate
-        protocol = ProbeProtocol(seed=seed, learning_rates=(ONE_SHOT_RATE,))
-    probe = linear_probe(
-        train.features,
-        train.labels,
-        heldout.features,
-        heldout.labels,
-        num_classes=num_classes,
-        protocol=protocol,
-    )
-    best = probe.best
-    return {"top1": best.top1, "top5": best.top5, SETTINGS: {"lr": best.lr}}
+def _knn(subject: Subject) -> JsonObject:
+    config, known, asked = subject.config, subject.known, subject.asked
+    wanted = [config.knn_k, *config.knn_further_k]
+    ks = sorted({min(k, len(known.labels)) for k in wanted})
+    main = min(config.knn_k, len(known.labels))
+
+    def score(standardize: bool) -> JsonObject:
+        found = knn_scores(
+            known.features,
+            known.labels,
+            asked.features,
+            asked.labels,
+            ks=ks,
+            temperature=config.knn_temperature,
+            standardize=standardize,
+        )
+        further = {f"k{k}": {"top1": one.top1} for k, one in found.items() if k != main}
+        return {"top1": found[main].top1, "purity": found[main].purity, **further}
+
+    scores = score(False)
+    if config.knn_standardized:
+        scores["standardized"] = score(True)
+    return scores | {SETTINGS: {"k": main, "temperature": config.knn_temperature}}
 
 
-def _knn(
-    train: LabelledFeatures, heldout: LabelledFeatures, config: EvaluationConfig
-) -> JsonObject:
-    k = min(config.knn_k, len(train.labels))
-    top1 = knn_accuracy(
-        train.features,
-        train.labels,
-        heldout.features,
-        heldout.labels,
-        k=k,
-        temperature=config.knn_temperature,
-    )
-    return {"top1": top1, SETTINGS: {"k": k, "temperature": config.knn_temperature}}
+def _linear_probe(subject: Subject) -> JsonObject:
+    probe, settings = subject.probe, subject.config.linear_probe
+    scores = {"top1": probe.top1, "top5": probe.top5}
+    if probe.top1_max_on_test is not None:
+        scores["top1_max_on_test"] = probe.top1_max_on_test
+    grid = {"lr": probe.lr, "num_rates": len(probe.rates)}
+    return scores | {SETTINGS: {"protocol": probe.protocol, "recipe": settings.recipe, **grid}}
 
 
-def _isotropy(
-    train: LabelledFeatures, heldout: LabelledFeatures, config: EvaluationConfig, *, seed: int
-) -> JsonObject:
+def _isotropy(subject: Subject) -> JsonObject:
     """Return the scores of lacvit.md 5 on held-out images; `train_gap` is the gap on train ones."""
-    sample = heldout.sample(config.max_images, seed)
-    partition = partition_isotropy(sample.features)
+    sample = subject.sample
     scores: JsonObject = {
-        "isotropy_score": partition["isotropy"],
+        "isotropy_score": partition_isotropy(sample.features)["isotropy"],
         "mean_cosine_similarity": mean_cosine_similarity(sample.features),
         "isoscore": isoscore(sample.features),
         SETTINGS: {"num_images": len(sample.labels)},
     }
     labelled = sample.labelled()
-    if _has_pairs(labelled):
+    if has_pairs(labelled):
         cosines: JsonObject = dict(class_cosine_similarity(labelled.features, labelled.labels))
         for count in ("intra_count", "inter_count"):
             scores[SETTINGS][count] = cosines.pop(count)
         scores |= cosines
-    train_sample = train.labelled().sample(config.max_images, seed)
-    if _has_pairs(train_sample):
+    train_sample = subject.train.labelled().sample(subject.config.max_images, subject.seed)
+    if has_pairs(train_sample):
         train_cosines = class_cosine_similarity(train_sample.features, train_sample.labels)
         scores["train_gap"] = train_cosines["gap"]
     return scores
 
 
-def _has_two_classes(data: LabelledFeatures) -> bool:
-    return len(torch.unique(data.labels)) >= 2
+def _rankme(subject: Subject) -> JsonObject:
+    features = subject.sample.features
+    return {
+        "rankme": rankme(features),
+        "feature_std": feature_spread(features),
+        SETTINGS: {"num_images": len(features)},
+    }
 
 
-def _has_pairs(data: LabelledFeatures) -> bool:
-    """Whether there is a pair of one class and a pair of two."""
-    counts = torch.unique(data.labels, return_counts=True)[1]
-    return len(counts) >= 2 and int(counts.max()) >= 2
+def _classification(subject: Subject) -> JsonObject:
+    num_bins = subject.config.classification.num_bins
+    return {
+        name: classification_scores(predictions, num_bins=num_bins)
+        for name, predictions in subject.predictions().items()
+    } | {SETTINGS: {"num_bins": num_bins}}
+
+
+def _low_shot(subject: Subject) -> JsonObject:
+    settings, known, asked = subject.config.low_shot, subject.known, subject.asked
+    train, test = preprocess_low_shot(known.features), preprocess_low_shot(asked.features)
+    num_images: dict[str, int] = {}
+
+    def top1(name: str, shots: int | float, seed: int) -> float:
+        rows = sample_low_shot(
+            known.labels, num_classes=subject.num_classes, shots=shots, seed=seed
+        )
+        num_images[name] = len(rows)
+        model = fit_logistic_regression(
+            train[rows], known.labels[rows], num_classes=subject.num_classes
+        )
+        return Predictions(asked.labels, model.logits(test)).accuracy
+
+    scores: JsonObject = {}
+    for shots in settings.shots:
+        name = f"{shots}_shot"
+        tops = [top1(name, shots, seed) for seed in range(settings.num_splits)]
+        scores[name] = {"top1": mean(tops), "top1_std": pstdev(tops)}
+    for share in settings.shares:
+        name = f"{100 * share:g}_percent"
+        scores[name] = {"top1": top1(name, float(share), 0)}
+    how = {"classifier": "logistic regression, frozen encoder", "num_splits": settings.num_splits}
+    return scores | {SETTINGS: {**how, "num_images": num_images}}
+
+
+def _clustering(subject: Subject) -> JsonObject:
+    data = subject.labelled_sample
+    runs = kmeans_runs(
+        data.features, count_classes(data), num_runs=subject.config.clustering.num_runs
+    )
+    every: list[JsonObject] = [
+        dict(clustering_scores(data.labels, run.clusters.to(data.labels))) for run in runs
+    ]
+    means = {name: mean(scores[name] for scores in every) for name in every[0]}
+    return {
+        **every[0],
+        "mean": means,
+        "silhouette": silhouette_score(data.features, data.labels),
+        "davies_bouldin": davies_bouldin_score(data.features, data.labels),
+        SETTINGS: {
+            "num_clusters": count_classes(data),
+            "num_runs": len(runs),
+            "num_images": len(data.labels),
+        },
+    }
+
+
+def _alignment_uniformity(subject: Subject) -> JsonObject:
+    sample = subject.sample
+    scores: JsonObject = {"uniformity": uniformity(sample.features)}
+    labelled = sample.labelled()
+    if has_pairs(labelled):
+        scores["class_alignment"] = class_alignment(labelled.features, labelled.labels)
+    return scores | {SETTINGS: {"num_images": len(sample.labels)}}
+
+
+def _nearest_neighbor(subject: Subject) -> JsonObject:
+    data = subject.labelled_sample
+    top1 = nearest_neighbor_accuracy(data.features, data.labels)
+    return {"top1": top1, SETTINGS: {"num_images": len(data.labels)}}
+
+
+SCORERS: Mapping[Protocol, Callable[[Subject], JsonObject]] = {
+    "knn": _knn,
+    "linear_probe": _linear_probe,
+    "isotropy": _isotropy,
+    "rankme": _rankme,
+    "classification": _classification,
+    "low_shot": _low_shot,
+    "clustering": _clustering,
+    "alignment_uniformity": _alignment_uniformity,
+    "nearest_neighbor": _nearest_neighbor,
+}

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from ctune.evaluate import knn
-from ctune.evaluate.knn import knn_accuracy, knn_classify
+from ctune.evaluate.knn import knn_accuracy, knn_classify, knn_scores, nearest_neighbors
 
 
 def samples(N: int, seed: int, D: int = 5) -> tuple[Tensor, Tensor]:
@@ -91,6 +91,44 @@ def test_equal_scores_go_to_the_lowest_class() -> None:
     assert result.predictions.tolist() == [1]
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_equal_similarities_go_to_the_lowest_row(k: int) -> None:
+    train = torch.tensor([[0.0, 1], [1, 0], [2, 0], [1, 1], [3, 0]])
+    result = knn_classify(train, torch.tensor([0, 1, 2, 3, 4]), torch.tensor([[5.0, 0]]), k=k)
+    assert result.neighbors.tolist() == [[1, 2, 4, 3, 0][:k]]
+
+
+def test_constant_features_choose_the_first_rows() -> None:
+    values, index = nearest_neighbors(torch.ones(9, 2), torch.ones(3, 2), k=4)
+    assert index.tolist() == [[0, 1, 2, 3]] * 3
+    torch.testing.assert_close(values, torch.ones(3, 4))
+
+
+def test_a_zero_row_is_similar_to_nothing() -> None:
+    result = knn_classify(
+        torch.tensor([[1.0, 0], [0, 0]]), torch.tensor([0, 1]), torch.zeros(1, 2), k=2
+    )
+    assert result.scores.tolist() == [[1, 1]]
+
+
+def test_several_k_share_one_search() -> None:
+    scores = knn_scores(TRAIN, TRAIN_LABELS, TEST, TEST_LABELS, ks=(1, 10, 20))
+    assert list(scores) == [1, 10, 20]
+    for k, one in scores.items():
+        result = knn_classify(TRAIN, TRAIN_LABELS, TEST, k=k)
+        assert one.top1 == result.accuracy(TEST_LABELS)
+        assert one.purity == result.purity(TEST_LABELS)
+        assert one.top5 == (one.top1 if k == 1 else 1)
+    assert scores[1].purity == scores[1].top1
+
+
+def test_purity_is_the_share_of_neighbours_with_the_label() -> None:
+    train = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]])
+    result = knn_classify(train, torch.tensor([0, 1, 1, 1]), torch.eye(2), k=2)
+    assert result.purity(torch.tensor([0, 1])) == 0.75
+    assert result.purity(torch.tensor([2, 2])) == 0
+
+
 def test_accuracy() -> None:
     predictions = knn_classify(TRAIN, TRAIN_LABELS, TEST, k=10).predictions
     expected = (predictions == TEST_LABELS).double().mean().item()
@@ -122,9 +160,17 @@ def test_other_floating_types(dtype: torch.dtype) -> None:
         ({"train_labels": TRAIN_LABELS.double()}, "dtype torch.float64"),
         ({"train_labels": TRAIN_LABELS[:9]}, "must hold 150 integers"),
         ({"test_features": TEST[:, :3]}, "test_features has 3 dimensions"),
-        ({"test_features": TEST[:0]}, "not empty"),
+        ({"test_features": TEST[:0]}, "holds 0 rows; at least 1"),
         ({"test_features": TEST[0]}, "must be [N, D]"),
-        ({"test_features": TEST * 0}, "test_features holds 60 zero rows"),
+        (
+            {
+                "train_features": TRAIN[:1],
+                "train_labels": TRAIN_LABELS[:1],
+                "k": 1,
+                "standardize": True,
+            },
+            "single train sample",
+        ),
         ({"train_features": TRAIN * torch.nan}, "train_features holds a non-finite"),
     ],
 )
