@@ -12,19 +12,29 @@ from typing import Any, Literal
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, model_entrypoint
 from torch import Tensor, nn
 
-from ctune.encoders import FileEncoder, ModelEncoder, TimmEncoder, option_faults
+from ctune import mae_checkpoint
+from ctune.encoders import (
+    CONSENT,
+    FileEncoder,
+    ModelEncoder,
+    TimmEncoder,
+    is_noncommercial,
+    option_faults,
+)
 from ctune.errors import EncoderError
 from ctune.preprocess import Preprocessing
 from ctune.schema import JsonObject
-from ctune.weights import fetch_weights, load_weights, read_weights, strip_prefix
+from ctune.weights import fetch_weights, load_weights, read_torch_file, read_weights, strip_prefix
 
-Pool = Literal["mean", "cls", "auto"]
+Pool = Literal["mean", "mean_of_normed", "cls", "auto"]
 Rgb = tuple[float, float, float]
 
-GLOBAL_POOL: Mapping[Pool, str] = {"mean": "avg", "cls": "token"}
+GLOBAL_POOL: Mapping[Pool, str] = {"mean": "avg", "mean_of_normed": "avg", "cls": "token"}
+TORCH_SUFFIXES = (".pth", ".pt")
 UNKNOWN_OPTION = re.compile(r"unexpected keyword argument '(\w+)'")
 BUILD_ERRORS = (
     ArithmeticError,
@@ -100,6 +110,8 @@ class _Source:
     weights: dict[str, Tensor] | None = None
     global_pool: str | None = None
     """As stored with the weights or derived from them; none for the architecture's own."""
+    is_mae: bool = False
+    """The weights are those of a published masked autoencoder, by their form or their tag."""
 
     def settled(self) -> JsonObject:
         """Return the arguments that have a place of their own: size and pooling."""
@@ -130,32 +142,45 @@ def build_encoder(
     pool: Pool,
     encoder_dir: Path | None,
     drop_path: float = 0.0,
+    allow_noncommercial_weights: bool = False,
 ) -> Encoder:
     """Return the encoder that `config` names, on the CPU, in training mode.
 
     Weights from scratch follow torch's global generator: seed it first. ``mean`` averages a vision
-    transformer's patch tokens and then normalises them, ``cls`` takes its class token, ``auto``
-    leaves it as the weights or the architecture have it; other families keep their own pooling.
+    transformer's patch tokens and then normalises them, by a fresh norm where the weights were
+    pooled otherwise; ``mean_of_normed`` normalises them first, by the norm that its training saw
+    (mae.md 2.8); ``cls`` takes its class token; ``auto`` leaves it as the weights or the
+    architecture have it. Other families keep their own pooling.
 
     Args:
         config: which encoder.
         pool: see above.
         encoder_dir: model directory of a ModelEncoder.
         drop_path: stochastic depth rate in training mode.
+        allow_noncommercial_weights: weights under a licence that forbids commercial use may be
+            used, and published masked autoencoders from a file.
 
     Raises:
         EncoderError: unknown architecture or option, a pooling or size that does not fit it;
-            weights that cannot be had (``weights_unavailable``), read (``weights_unreadable``) or
-            that do not fit (``weights_mismatch``, with the keys).
+            weights that cannot be had (``weights_unavailable``), read (``weights_unreadable``,
+            ``checkpoint_format``), used (``noncommercial_weights``) or that do not fit
+            (``weights_mismatch``, with the keys).
     """
     source = _resolve(config, encoder_dir)
+    if not allow_noncommercial_weights:
+        _check_licence(source)
+    if isinstance(config, TimmEncoder) and config.pretrained:
+        published = fetch_weights(source.architecture, source.cfg.get("hf_hub_id"))
+        source = replace(source, weights=published)
     size_px = config.image_size_px or int(source.cfg["input_size"][-1])
     source = replace(source, cfg={**source.cfg, "input_size": (3, size_px, size_px)})
     source, switched = _settle_pool(source, pool)
     _check_patches(_probe(source), size_px)
     backbone = source.create(**_drop_path_kwargs(source, drop_path))
-    if source.weights is not None:
-        load_weights(backbone, source.weights, cfg=source.cfg, pooling_switched=switched)
+    if (weights := source.weights) is not None:
+        if source.is_mae:
+            weights = mae_checkpoint.fit_encoder_state_dict(weights, backbone)
+        load_weights(backbone, weights, cfg=source.cfg, pooling_switched=switched)
     return Encoder(
         backbone,
         architecture=source.architecture,
@@ -175,13 +200,21 @@ def _resolve(config: TimmEncoder | FileEncoder | ModelEncoder, encoder_dir: Path
         architecture, cfg = _registered(config.name)
         if not config.pretrained:
             return _Source(architecture, cfg, config.options)
-        weights = fetch_weights(architecture, cfg.get("hf_hub_id"))
+        is_mae = config.name.startswith("vit_") and cfg.get("tag") == "mae"
         licence = cfg.get("license") or "unknown"
-        return _Source(architecture, cfg, config.options, licence, weights)
+        return _Source(architecture, cfg, config.options, licence, is_mae=is_mae)
     path = Path(config.path)
-    if path.is_dir():
-        return _from_directory(path, config.options)
-    return _from_file(path, config)
+    return _from_directory(path, config.options) if path.is_dir() else _from_file(path, config)
+
+
+def _check_licence(source: _Source) -> None:
+    if source.is_mae or is_noncommercial(source.licence):
+        form = ", those of a published masked autoencoder," if source.is_mae else ""
+        raise EncoderError(
+            f"the weights{form} are under licence {source.licence}, which is not allowed here",
+            hint=f"{CONSENT} Or use other weights.",
+            code="noncommercial_weights",
+        )
 
 
 def _from_file(path: Path, config: FileEncoder) -> _Source:
@@ -192,7 +225,11 @@ def _from_file(path: Path, config: FileEncoder) -> _Source:
             code="unknown_encoder",
         )
     architecture, cfg = _registered(config.name)
+    if path.suffix in TORCH_SUFFIXES:
+        return _from_mae(architecture, cfg, config.options, read_torch_file(path))
     weights = strip_prefix(read_weights(path))
+    if mae_checkpoint.is_pretraining_state_dict(weights):
+        return _from_mae(architecture, cfg, config.options, {"model": weights})
     options = config.options
     if model_entrypoint(architecture).__module__ == "timm.models.beit":
         options = {**_position_flags(weights), **options}
@@ -200,6 +237,15 @@ def _from_file(path: Path, config: FileEncoder) -> _Source:
     if pool is None and {"norm.weight", "cls_token"} <= weights.keys():
         pool = "token"
     return _Source(architecture, cfg, options, "unknown", weights, pool)
+
+
+def _from_mae(
+    architecture: str, cfg: JsonObject, options: JsonObject, checkpoint: Mapping[str, Any]
+) -> _Source:
+    weights = mae_checkpoint.convert_encoder_state_dict(checkpoint)
+    licence = mae_checkpoint.checkpoint_licence(checkpoint)
+    cfg |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    return _Source(architecture, cfg, options, licence, weights, "token", is_mae=True)
 
 
 def _from_directory(path: Path, options: JsonObject) -> _Source:
@@ -313,7 +359,13 @@ def _settle_pool(source: _Source, pool: Pool) -> tuple[_Source, bool]:
             code="no_class_token",
         )
     wanted = GLOBAL_POOL[pool]
-    return replace(source, global_pool=wanted), wanted != (source.global_pool or own)
+    if pool == "mean_of_normed":  # else timm puts an untrained norm in place of theirs
+        source = replace(source, options={"fc_norm": False, **source.options})
+    if source.options.get("fc_norm") is False:
+        switched = source.weights is not None and "norm.weight" not in source.weights
+    else:
+        switched = wanted != (source.global_pool or own)
+    return replace(source, global_pool=wanted), switched
 
 
 def _check_patches(probe: nn.Module, size_px: int) -> None:

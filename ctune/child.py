@@ -23,7 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -34,6 +34,7 @@ from ctune.schema import JsonObject
 
 BEGUN = time.monotonic()
 """When this process began, nearly: children import this module before anything large."""
+PARENT_PID = os.getppid()
 PR_SET_PDEATHSIG = 1
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 ASK_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -55,6 +56,8 @@ class StopRequest:
         self.requested = False
         self.reason = ""
         self.since: float | None = None
+        self.finish_requested = False
+        """Another wish: end the training early, evaluate, and keep the model."""
 
     def request(self, reason: str) -> None:
         """Ask the body to stop; later requests change nothing."""
@@ -89,7 +92,8 @@ def run_child(body: Body, argv: Sequence[str] | None = None) -> int:
         return 2
     run_dir = RunDir(Path(arguments[0]))
     stop = StopRequest()
-    with _watch(run_dir, stop):
+    parent_pid = int(os.environ.get("CTUNE_PARENT_PID") or 0)
+    with _watch(run_dir, stop, parent_pid=parent_pid):
         try:
             with run_dir.lock():
                 events = EventWriter(run_dir.events)
@@ -100,6 +104,23 @@ def run_child(body: Body, argv: Sequence[str] | None = None) -> int:
         except RunInUseError as error:
             print(f"{error.message}: {error.hint}", file=sys.stderr)
             return 1
+
+
+def run_rank(body: Body, rank: int) -> int:
+    """Run `body` as one of several processes of a run and return the exit code.
+
+    Like `run_child`, but the launcher holds the run directory and makes the run's last word of the
+    ranks' words (`ctune.ranks`). Other events come from rank 0 alone. A rank dies with its parent
+    at once: nobody would wait for what it saved.
+    """
+    run_dir = RunDir(Path(sys.argv[1]))
+    stop = StopRequest()
+    with (
+        _watch(run_dir, stop, parent_pid=PARENT_PID, death_signal=signal.SIGKILL),
+        closing(EventWriter(run_dir.rank_events(rank))) as words,
+        closing(EventWriter(run_dir.events)) if rank == 0 else nullcontext(words) as events,
+    ):
+        return _say(words, _last_word(body, run_dir, events=events, stop=stop))
 
 
 def arm_parent_death(parent_pid: int, death_signal: signal.Signals = signal.SIGKILL) -> bool:
@@ -171,14 +192,17 @@ def _seconds(name: str) -> float | None:
 class _Watch:
     """The thread that asks for a stop when the process should end, and enforces it."""
 
-    def __init__(self, run_dir: RunDir, stop: StopRequest, *, wake_fd: int) -> None:
+    def __init__(
+        self, run_dir: RunDir, stop: StopRequest, *, parent_pid: int, wake_fd: int
+    ) -> None:
         self.stop = stop
         self.wake_fd = wake_fd
         self.lease = run_dir.lease
+        self.finish = run_dir.finish
         self.fence_s = _seconds("CTUNE_FENCE_S")
         self.lease_s = _seconds("CTUNE_LEASE_S")
         self.grace_s = _seconds("CTUNE_GRACE_S")
-        self.parent_pid = int(os.environ.get("CTUNE_PARENT_PID") or 0)
+        self.parent_pid = parent_pid
         self.tick_s = min([1.0, *(s / 4 for s in (self.fence_s, self.grace_s) if s)])
         self.lease_content = self._read_lease()  # as old as this process, at least
         self.lease_seen = BEGUN
@@ -206,6 +230,8 @@ class _Watch:
 
     def _look(self) -> None:
         """Ask for a stop when the parent is gone or the lease is old; only our clock counts."""
+        if self.finish.exists():
+            self.stop.finish_requested = True
         if self.parent_pid and os.getppid() != self.parent_pid:
             self.stop.request("the supervisor died")
         if self.fence_s is None:
@@ -251,14 +277,20 @@ def _die() -> None:
 
 
 @contextmanager
-def _watch(run_dir: RunDir, stop: StopRequest) -> Iterator[None]:
+def _watch(
+    run_dir: RunDir,
+    stop: StopRequest,
+    *,
+    parent_pid: int,
+    death_signal: signal.Signals = signal.SIGTERM,
+) -> Iterator[None]:
     """Install the signal handlers and the watch thread, and take them away again at the end.
 
     Once a stop was requested the kernel timer stays wound: a process that then hangs while it
     exits is killed all the same.
     """
     wake_fd, signal_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    watch = _Watch(run_dir, stop, wake_fd=wake_fd)
+    watch = _Watch(run_dir, stop, parent_pid=parent_pid, wake_fd=wake_fd)
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         del frame
@@ -290,7 +322,7 @@ def _watch(run_dir: RunDir, stop: StopRequest) -> Iterator[None]:
         release()
 
     os.register_at_fork(before=hold, after_in_parent=release, after_in_child=restore_in_fork)
-    if watch.parent_pid and not arm_parent_death(watch.parent_pid, signal.SIGTERM):
+    if watch.parent_pid and not arm_parent_death(watch.parent_pid, death_signal):
         stop.request("the supervisor died")
     watch.enforce()
     watch.thread.start()

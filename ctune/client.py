@@ -36,6 +36,7 @@ OnProgress = Callable[[int, int], None]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 IMAGES_PER_REQUEST = 64
+ESTIMATE_WAIT_S = 30.0
 JOB_ENDS = ("succeeded", "failed", "cancelled")
 DATASET_ENDS = ("ready", "failed")
 
@@ -210,20 +211,62 @@ class Jobs(Resource):
         """
         return self.http.json("POST", self.path, json=job)
 
+    def estimate(self, job: JsonObject, *, wait_s: float = 0.0) -> JsonObject:
+        """Return what a job would take: steps, memory, disk, time; no job is made.
+
+        Args:
+            wait_s: how long to wait for a worker to measure time and memory; while they are null,
+                `reason` says why.
+
+        Raises:
+            InvalidRequestError: as `create`.
+        """
+        until = time.monotonic() + wait_s
+        while True:
+            left_s = max(0.0, until - time.monotonic())
+            query = {"wait_s": min(left_s, ESTIMATE_WAIT_S)}
+            found = self.http.json("POST", f"{self.path}/estimate", json=job, params=query)
+            if found["retry_after_s"] is None or left_s <= ESTIMATE_WAIT_S:
+                return found
+
     def cancel(self, id: str) -> JsonObject:
-        """Ask a job to stop; its status becomes `cancelled` when it has.
+        """Abort a job; its status becomes `cancelled` when a running one has stopped.
 
         Raises:
             ConflictError: it has ended already.
         """
         return self.http.json("POST", f"{self.path}/{id}/cancel")
 
+    def stop(self, id: str) -> JsonObject:
+        """Let a running job finish early: its stage ends, then it is evaluated and exported.
+
+        Raises:
+            ConflictError: it does not run.
+        """
+        return self.http.json("POST", f"{self.path}/{id}/stop")
+
+    def pause(self, id: str) -> JsonObject:
+        """Keep a job from running; its status becomes `paused` when a running one has stopped.
+
+        Raises:
+            ConflictError: it has ended, or is being cancelled.
+        """
+        return self.http.json("POST", f"{self.path}/{id}/pause")
+
+    def resume(self, id: str) -> JsonObject:
+        """Queue a paused job again; it goes on from its last checkpoint.
+
+        Raises:
+            ConflictError: nobody has paused it.
+        """
+        return self.http.json("POST", f"{self.path}/{id}/resume")
+
     def watch(self, id: str, *, last_event_id: str | None = None) -> Iterator[ServerEvent]:
         """Yield what happens to a job until it has ended, also across lost connections."""
         yield from self.http.events(f"{self.path}/{id}/events", last_event_id)
 
     def wait(self, id: str, *, poll_s: float = 1.0) -> JsonObject:
-        """Return the job once it has succeeded.
+        """Return the job once it has succeeded; a paused one is waited for.
 
         Raises:
             UnsuccessfulError: it failed or was cancelled; the message says why.
@@ -240,6 +283,19 @@ class Jobs(Resource):
     def report(self, id: str) -> JsonObject:
         """Return the report: scores before and after, last metrics, warnings, durations."""
         return self.http.json("GET", f"{self.path}/{id}/report")
+
+    def report_page(self, id: str) -> str:
+        """Return the report as a page of HTML that is one file."""
+        path = f"{self.path}/{id}/report"
+        return self.http.request("GET", path, params={"format": "html"}).text
+
+    def compare(self, ids: Sequence[str]) -> JsonObject:
+        """Return one table over 2 to 50 jobs: what they were, their scores, means over seeds.
+
+        Raises:
+            NotFoundError: some do not exist; `faults` names all of them.
+        """
+        return self.http.json("GET", f"{self.path}/compare", params={"ids": ",".join(ids)})
 
     def logs(self, id: str) -> str:
         """Return what the training process has printed."""

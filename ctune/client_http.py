@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import httpx
 
@@ -40,7 +40,7 @@ class ApiError(CtuneError):
     """The service answered with a problem; the text lists every fault with its pointer."""
 
     code = "api_error"
-    fault: ClassVar[FaultSide] = "user"
+    fault: FaultSide = "user"
 
     def __init__(self, status: int, problem: JsonObject) -> None:
         self.status = status

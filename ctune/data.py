@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -21,12 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 from ctune.errors import DiskFullError
-from ctune.manifest import SPLITS, DatasetSummary, Split
+from ctune.manifest import SPLITS, Split
 
 T = TypeVar("T")
 Indices = NDArray[np.int64]
 Triple = tuple[float, float, float]
 
+PIXELS = "pixels.u8"
 _IMAGES_PER_TASK = 16
 _TASKS_PER_THREAD = 4
 _STATISTICS_IMAGES = 10_000
@@ -48,21 +49,11 @@ class StopCheck(Protocol):
     def check(self) -> None: ...
 
 
-def working_size_px(summary: DatasetSummary, image_size_px: int) -> int:
-    """Return the cache side for training: 8/7 of the view (256 for 224), at most the native side.
-
-    The native side is the longest side of any image: a cache beyond it would hold no more detail,
-    only more bytes. So 32 px images are kept at 32 px for an encoder of 32 px as for one of 224 px,
-    and the random crop enlarges them in one step.
-    """
-    native_px = max(summary.width_px[1], summary.height_px[1])
-    return max(1, min(-(-image_size_px * 8 // 7), native_px))
-
-
 class ImageCache:
     """N images as uint8 [N, 3, S, S] in one file; the page cache keeps what fits into memory.
 
-    Built by `build`; immutable afterwards.
+    Built by `build`; immutable afterwards. Pickled it is the path of its file, so that several
+    processes can use one.
     """
 
     def __init__(
@@ -120,6 +111,10 @@ class ImageCache:
         labels = _all_labels(store)[numbers]
         return cls(cache_dir, pixels, sizes_px=torch.from_numpy(sizes), labels=labels)
 
+    def __reduce__(self) -> tuple[Callable[..., "ImageCache"], tuple[object, ...]]:
+        shape = self._pixels.shape
+        return _reopen, (self._folder, shape, self._sizes_px.numpy(), self.labels)
+
     def __len__(self) -> int:
         return len(self._sizes_px)
 
@@ -175,6 +170,13 @@ class ImageCache:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def _reopen(folder: Path, shape: tuple[int, ...], sizes_px: Indices, labels: Indices) -> ImageCache:
+    pixels: NDArray[np.uint8] = np.empty(shape, dtype=np.uint8)
+    if pixels.size:
+        pixels = np.memmap(folder / PIXELS, dtype=np.uint8, mode="r", shape=shape)
+    return ImageCache(folder, pixels, sizes_px=torch.from_numpy(sizes_px), labels=labels)
+
+
 def _allocate(folder: Path, count: int, size_px: int) -> NDArray[np.uint8]:
     """Reserve the file's blocks at once: a disk that fills up later would kill with SIGBUS."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -183,7 +185,7 @@ def _allocate(folder: Path, count: int, size_px: int) -> NDArray[np.uint8]:
     num_bytes = count * 3 * size_px**2
     if not num_bytes:
         return np.empty(shape, dtype=np.uint8)
-    path = folder / "pixels.u8"
+    path = folder / PIXELS
     try:
         with path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, num_bytes)
@@ -266,6 +268,9 @@ class Prefetched(Generic[T]):
     def close(self) -> None:
         """Stop the thread and wait for it; a fetch that is under way is completed."""
         self._closing.set()
+        with suppress(queue.Empty):
+            while True:
+                self._ready.get_nowait()  # a thread that waits for room goes on at once
         self._thread.join()
 
     def _work(self) -> None:
@@ -284,7 +289,7 @@ class Prefetched(Generic[T]):
                 self._ready.put(result, timeout=_POLL_S)
             except queue.Full:
                 continue
-            return True
+            return not self._closing.is_set()
         return False
 
 

@@ -175,7 +175,7 @@ def load_model(model_dir: Path, *, device: str | torch.device | None = "cpu") ->
     info = read_info(model_dir)
     check_files(model_dir, info)
     config = FileEncoder(path=str(model_dir))
-    encoder = build_encoder(config, pool="auto", encoder_dir=None)
+    encoder = build_encoder(config, pool="auto", encoder_dir=None, allow_noncommercial_weights=True)
     classifier = None
     if info.head is not None:
         stored = load_file(model_dir / names.CLASSIFIER)

@@ -26,6 +26,8 @@ LOADER_OPTIONS = frozenset(
 )
 """Options of timm's loader, not of an architecture; so is every one that starts `pretrained_`."""
 
+CONSENT = "Only the operator may allow them: setting allow_noncommercial_weights."
+
 ImageSize = Annotated[int, Field(ge=8, le=4096)]
 
 
@@ -44,11 +46,12 @@ class TimmEncoder(Schema):
 
 
 class FileEncoder(Schema):
-    """A timm architecture with weights from a safetensors file on the machine that trains."""
+    """A timm architecture with weights from a file on the machine that trains."""
 
     source: Literal["file"] = "file"
     path: str
-    """Path of a `.safetensors` file, or of a directory exported by ctune."""
+    """Path of a `.safetensors` file, of a masked autoencoder's `.pth` as its authors publish it, or
+    of a directory exported by ctune."""
     name: str | None = None
     """timm architecture of the weights; not needed for a directory exported by ctune."""
     image_size_px: ImageSize | None = None
@@ -70,6 +73,18 @@ class ModelEncoder(Schema):
 EncoderConfig = Annotated[TimmEncoder | FileEncoder | ModelEncoder, Field(discriminator="source")]
 
 
+def starts_pretrained(encoder: EncoderConfig) -> bool:
+    """Return whether training starts from trained weights."""
+    return not isinstance(encoder, TimmEncoder) or encoder.pretrained
+
+
+def is_patch_based(encoder: EncoderConfig) -> bool | None:
+    """Return whether an encoder cuts images into patches, as transformers do; None: not known."""
+    name = None if isinstance(encoder, ModelEncoder) else encoder.name
+    known = None if name is None else catalogue().get(name.partition(".")[0])
+    return None if known is None else known.patch_size_px is not None
+
+
 class KnownEncoder(Schema):
     """What the catalogue says of one timm architecture."""
 
@@ -78,6 +93,8 @@ class KnownEncoder(Schema):
     """Patch side of a vision transformer; null for other families."""
     tags: list[str] = []
     """Published weights."""
+    noncommercial: dict[str, str] = {}
+    """Licences of the weights that forbid commercial use; the tag is empty for the default ones."""
 
 
 @cache
@@ -85,6 +102,20 @@ def catalogue() -> dict[str, KnownEncoder]:
     """Return the timm architectures by name, from `encoders.json` (made by `make encoders`)."""
     known = json.loads(files("ctune").joinpath("encoders.json").read_text(encoding="utf-8"))
     return {name: KnownEncoder(**fields) for name, fields in known.items()}
+
+
+def image_size_px(encoder: EncoderConfig, model_info: JsonObject | None = None) -> int | None:
+    """Return the side of the encoder's input, None where only its files tell.
+
+    Args:
+        model_info: `model.json` of the model that a `ModelEncoder` names.
+    """
+    if encoder.image_size_px is not None:
+        return encoder.image_size_px
+    if isinstance(encoder, ModelEncoder):
+        return model_info["image_size_px"] if model_info else None
+    known = catalogue().get(encoder.name.partition(".")[0]) if encoder.name else None
+    return known.image_size_px if known else None
 
 
 def check_encoder(encoder: TimmEncoder | FileEncoder | ModelEncoder) -> list[Fault]:
@@ -122,6 +153,36 @@ def check_model_encoder(encoder: ModelEncoder, model_info: JsonObject) -> list[F
     known = catalogue().get(model_info["architecture"])
     patch_size_px = model_info["model_args"].get("patch_size", known and known.patch_size_px)
     return _size_faults(encoder.image_size_px or model_info["image_size_px"], patch_size_px)
+
+
+def is_noncommercial(licence: str | None) -> bool:
+    """Return whether a licence, as timm writes it, forbids commercial use."""
+    return licence is not None and ("-nc" in licence or "noncommercial" in licence)
+
+
+def check_licence(
+    encoder: TimmEncoder | FileEncoder | ModelEncoder, model_info: JsonObject | None = None
+) -> list[Fault]:
+    """Return a fault for weights known to forbid commercial use, where that is not allowed.
+
+    Pointers start inside the encoder block.
+
+    Args:
+        encoder: the encoder.
+        model_info: `model.json` of the model that a `ModelEncoder` names.
+    """
+    licence = None
+    if isinstance(encoder, ModelEncoder):
+        licence = (model_info or {}).get("licence")
+    elif isinstance(encoder, TimmEncoder) and encoder.pretrained:
+        name, _, tag = encoder.name.partition(".")
+        known = catalogue().get(name)
+        licence = known.noncommercial.get(tag) if known else None
+    if licence is None or not is_noncommercial(licence):
+        return []
+    pointer = "/id" if isinstance(encoder, ModelEncoder) else "/name"
+    detail = f"the weights are under {licence}, which forbids commercial use. {CONSENT}"
+    return [Fault(pointer=pointer, code="noncommercial_weights", detail=detail)]
 
 
 def option_faults(options: JsonObject) -> list[Fault]:

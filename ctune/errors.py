@@ -5,9 +5,11 @@ CtuneError                    code, message, hint, fault, retryable
 ├── DataError                 the images, labels or archive cannot be used            (user)
 │   └── ArchiveError          an archive is refused as a whole                        (user)
 ├── EncoderError              the encoder cannot be built or its weights not loaded   (user)
+│   └── CheckpointFormatError a file of weights has an unknown form                   (user)
 ├── DivergedError             the loss or the weights are no longer finite            (user)
 ├── OutOfMemoryError          the device or host memory does not hold the step        (user)
 ├── DiskFullError             no space is left                                        (system)
+├── RankLostError             one of the processes that train together has ended      (system)
 ├── CheckpointError           a checkpoint is damaged or belongs to another run       (system)
 └── RunInUseError             another process holds the run directory                 (system)
 """
@@ -21,8 +23,8 @@ class CtuneError(Exception):
     """Base: ``message`` says what is wrong with the value, ``hint`` what to do about it."""
 
     code: ClassVar[str] = "internal"
-    fault: ClassVar[FaultSide] = "system"
-    retryable: ClassVar[bool] = False
+    fault: FaultSide = "system"
+    retryable: bool = False
 
     def __init__(self, message: str, *, hint: str = "", code: str | None = None) -> None:
         super().__init__(message)
@@ -58,6 +60,12 @@ class EncoderError(CtuneError):
     fault = "user"
 
 
+class CheckpointFormatError(EncoderError):
+    """A file of weights has an unknown form; the message names what was found in it."""
+
+    code = "checkpoint_format"
+
+
 class DivergedError(CtuneError):
     """The loss or the weights are no longer finite."""
 
@@ -76,6 +84,13 @@ class DiskFullError(CtuneError):
     """No space is left; the run goes on from its last checkpoint once there is some."""
 
     code = "disk_full"
+    retryable = True
+
+
+class RankLostError(CtuneError):
+    """One of the processes that train together has ended; the run goes on from its checkpoint."""
+
+    code = "rank_lost"
     retryable = True
 
 

@@ -80,7 +80,10 @@ class Metrics(EventBase):
 
 
 class CheckpointSaved(EventBase):
-    """A checkpoint is complete on disk. `kept` names the ones that still exist in this attempt."""
+    """A checkpoint is complete on disk. `kept` names the ones that still exist in this attempt.
+
+    `best` names the one with the highest online k-NN accuracy of each stage, where there is one.
+    """
 
     event: Literal["checkpoint"] = "checkpoint"
     name: str
@@ -89,6 +92,7 @@ class CheckpointSaved(EventBase):
     files: dict[str, JsonObject]
     """File name to ``{"sha256": str, "size_bytes": int}``."""
     kept: list[str]
+    best: list[str] = []
 
 
 class Evaluated(EventBase):
@@ -185,11 +189,16 @@ class EventWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        ends = [end for _, end in read_events(path)]
-        self._seq = len(ends)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
-        self._file.truncate(ends[-1] if ends else 0)
         self._lock = threading.Lock()
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Go on behind all that is there: also what another process wrote that has ended since."""
+        ends = [end for _, end in read_events(self._path)]
+        self._seq = len(ends)
+        self._file.truncate(ends[-1] if ends else 0)
 
     def write(self, event: EventBase) -> None:
         """Number, stamp and append one event."""

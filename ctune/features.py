@@ -7,15 +7,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ctune.augment import ViewPipeline
 from ctune.backbones import Encoder
 from ctune.child import StopRequest
-from ctune.data import ImageCache, working_size_px
+from ctune.data import ImageCache
+from ctune.distributed import World
 from ctune.errors import DivergedError
-from ctune.evaluate.protocols import LabelledFeatures
+from ctune.evaluate.linear_probe import Augmented
+from ctune.evaluate.subject import LabelledFeatures
 from ctune.events import EventBase, StageStarted
-from ctune.manifest import Split
+from ctune.manifest import Split, working_size_px
 from ctune.samplers import Indices
+from ctune.seeding import make_generator
 from ctune.store import PackedStore
+from ctune.view_presets import mae_minimal
 
 ENCODE_PIXELS = 256 * 224**2
 """Pixels encoded at a time: 256 images of 224 px."""
@@ -25,7 +30,8 @@ ENCODE_IMAGES = 256
 class RunImages:
     """The splits of a packed store as a run uses them.
 
-    With `labelled_only`, training images without a label are left out.
+    With `labelled_only`, training images without a label are left out. With several processes all
+    of them make the same calls in the same order: rank 0 decodes, and each encodes its share.
     """
 
     def __init__(
@@ -36,7 +42,9 @@ class RunImages:
         labelled_only: bool,
         emit: Callable[[EventBase], None],
         stop: StopRequest,
+        world: World | None = None,
     ) -> None:
+        self.world = world or World()
         self._store = store
         self._cache_dir = cache_dir
         self._labelled_only = labelled_only
@@ -49,17 +57,24 @@ class RunImages:
         labels: Indices = self._store.labels(split)[self._used(split)]
         return labels
 
+    def numbers(self, split: Split) -> Indices:
+        """Return the numbers [N] of a split's images in the packed store."""
+        numbers: Indices = self._store.indices(split)[self._used(split)]
+        return numbers
+
     def decoded(self, split: Split, size_px: int) -> ImageCache:
         """Return a split's images, decoded at `size_px`; every image is decoded once per size."""
         key = (split, size_px)
         if key not in self._caches:
             self._emit(StageStarted(stage="caching"))
-            self._caches[key] = ImageCache.build(
-                self._store,
-                self._store.indices(split)[self._used(split)],
-                size_px,
-                self._cache_dir / f"{split}-{size_px}",
-                stop=self._stop,
+            self._caches[key] = self.world.on_main(
+                lambda: ImageCache.build(
+                    self._store,
+                    self.numbers(split),
+                    size_px,
+                    self._cache_dir / f"{split}-{size_px}",
+                    stop=self._stop,
+                )
             )
         return self._caches[key]
 
@@ -67,23 +82,38 @@ class RunImages:
         """Return the training images at the working size of an encoder."""
         return self.decoded("train", working_size_px(self._store.manifest.summary, image_size_px))
 
-    def encode(self, encoder: Encoder, split: Split, device: torch.device) -> Tensor:
+    def encode(
+        self,
+        encoder: Encoder,
+        split: Split,
+        device: torch.device,
+        *,
+        positions: Indices | None = None,
+    ) -> Tensor:
         """Return features h [N, D] of a split, float32 on the device, encoder in eval mode.
+
+        With `positions` only those of some images, in this order.
 
         Raises:
             DivergedError: a feature is not finite.
+            StopRequested: a stop was asked for.
         """
         images = self.decoded(split, encoder.image_size_px)
-        batch = max(1, min(ENCODE_IMAGES, ENCODE_PIXELS // encoder.image_size_px**2))
+        batch = _batch_size(encoder)
         encoder.eval()
+        wanted = np.arange(len(images)) if positions is None else positions
+        starts = range(0, len(wanted), batch)  # the ranks share these: each batch stays the same
+        mine = starts[self.world.share(len(starts))]
         parts = []
         with torch.no_grad():
-            for start in range(0, len(images), batch):
-                self._stop.check()
-                positions = np.arange(start, min(start + batch, len(images)))
-                pixels = images.batch(positions).to(device)
-                parts.append(encoder(encoder.preprocessing.normalise(pixels)).float())
+            for turn in range(max(len(mine), -(-len(starts) // self.world.size))):
+                self.world.check(self._stop)
+                for start in mine[turn : turn + 1]:
+                    pixels = images.batch(wanted[start : start + batch]).to(device)
+                    parts.append(encoder(encoder.preprocessing.normalise(pixels)).float())
         features = torch.cat(parts)
+        if len(mine) < len(starts):
+            features = self.world.gather_rows(features)
         if not bool(torch.isfinite(features).all()):
             raise DivergedError(
                 f"the encoder gives vectors of {split} images that are not finite",
@@ -92,12 +122,45 @@ class RunImages:
         return features
 
     def features(self, encoder: Encoder, split: Split, device: torch.device) -> LabelledFeatures:
-        """Return features and labels of a split."""
+        """Return features and labels of a split; errors as `encode`."""
         labels = torch.from_numpy(self.labels(split)).to(device)
         return LabelledFeatures(self.encode(encoder, split, device), labels)
+
+    def random_crops(self, encoder: Encoder, device: torch.device, *, seed: int) -> Augmented:
+        """Return what encodes random crops of training images, MAE's bicubic crop and flip.
+
+        (rows [n] of the training images, step) -> features [n, D]; a function of seed, step and
+        rows. The images are decoded now, at the working size.
+        """
+        images = self.for_training(encoder.image_size_px)
+        views = ViewPipeline(
+            *mae_minimal(encoder.image_size_px, mean=encoder.mean, std=encoder.std)
+        )
+
+        def encode(rows: Tensor, step: int) -> Tensor:
+            self._stop.check()
+            positions = rows.cpu()
+            drawn = views.draw(
+                images.sizes(positions.numpy()),
+                make_generator(seed, "probe crops", step),
+                num_views=1,
+            )[0]
+            encoder.eval()
+            parts = []
+            with torch.no_grad():
+                for part in torch.split(torch.arange(len(positions)), _batch_size(encoder)):
+                    pixels = images.batch(positions[part].numpy()).to(device)
+                    parts.append(encoder(views.render(pixels, drawn.select(part))).float())
+            return torch.cat(parts)
+
+        return encode
 
     def _used(self, split: Split) -> np.ndarray:
         labels = self._store.labels(split)
         if split == "train" and self._labelled_only:
             return labels >= 0
         return np.ones(len(labels), dtype=bool)
+
+
+def _batch_size(encoder: Encoder) -> int:
+    return max(1, min(ENCODE_IMAGES, ENCODE_PIXELS // encoder.image_size_px**2))

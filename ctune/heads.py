@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize as to_unit_length
+
+from ctune.unit_length import unit_length
 
 ProjectionKind = Literal["mlp", "linear", "none"]
 
@@ -13,7 +13,8 @@ class ProjectionHead(nn.Module):
     """Map encoder features to the space of the contrastive loss, [..., D] -> [..., d].
 
     ``mlp``: Linear(D, hidden), ReLU, Linear(hidden, d), biases on, no batch norm, PyTorch's own
-    initialisation (HobbitLong/SupContrast, ``networks/resnet_big.py``, as in LaCViT);
+    initialisation (HobbitLong/SupContrast, ``networks/resnet_big.py``, as in LaCViT); with
+    ``batch_norm`` each of its layers has one in place of its bias (lightly, ``heads.py``);
     ``linear``: one Linear(D, d); ``none``: the features themselves, so d = D and ``out_dim`` is
     not used. The layers are the attribute ``mlp``. Unit length is computed in float32 at least,
     also under autocast, with an epsilon of 1e-12.
@@ -24,6 +25,7 @@ class ProjectionHead(nn.Module):
         out_dim: d.
         kind: see above.
         normalize: whether outputs have unit length.
+        batch_norm: of ``mlp``; rows then depend on each other in training.
 
     Raises:
         ValueError: a width below 1, an unknown kind; in ``forward``, a last dimension other than D.
@@ -37,6 +39,7 @@ class ProjectionHead(nn.Module):
         out_dim: int = 128,
         kind: ProjectionKind = "mlp",
         normalize: bool = True,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         hidden = in_dim if hidden_dim is None else hidden_dim
@@ -48,9 +51,12 @@ class ProjectionHead(nn.Module):
         self.normalize = normalize
         self.mlp: nn.Module
         if kind == "mlp":
-            self.mlp = nn.Sequential(
-                nn.Linear(in_dim, hidden), nn.ReLU(), nn.Linear(hidden, out_dim)
-            )
+            first = nn.Linear(in_dim, hidden, bias=not batch_norm)
+            last = nn.Linear(hidden, out_dim, bias=not batch_norm)
+            layers = [first, nn.ReLU(), last]
+            if batch_norm:
+                layers = [first, nn.BatchNorm1d(hidden), nn.ReLU(), last, nn.BatchNorm1d(out_dim)]
+            self.mlp = nn.Sequential(*layers)
         elif kind == "linear":
             self.mlp = nn.Linear(in_dim, out_dim)
         elif kind == "none":
@@ -68,5 +74,4 @@ class ProjectionHead(nn.Module):
         z: Tensor = self.mlp(x)
         if not self.normalize:
             return z
-        exact = z if z.dtype == torch.float64 else z.float()
-        return to_unit_length(exact, dim=-1, eps=1e-12)
+        return unit_length(z)

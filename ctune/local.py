@@ -9,22 +9,33 @@ from ctune.config import RunConfig
 from ctune.errors import ConfigError, CtuneError
 from ctune.events import EventWriter, Failed, Finished
 from ctune.ingest import ingest
-from ctune.pipeline import RunFile, run_directory
+from ctune.pipeline import RunFile
+from ctune.ranks import run_with_its_gpus
 from ctune.rundir import RunDir, write_atomically
 from ctune.schema import JsonObject
 from ctune.store import MANIFEST, PackedStore
 
 
-def run_locally(config: RunConfig | JsonObject, data: Path, out_dir: Path) -> JsonObject:
-    """Do a run in `out_dir` in this process; see `ctune.run`."""
+def run_locally(
+    config: RunConfig | JsonObject,
+    data: Path,
+    out_dir: Path,
+    *,
+    allow_noncommercial_weights: bool = False,
+) -> JsonObject:
+    """Do a run in `out_dir`, in this process or one per GPU; see `ctune.run`."""
     run_config = config if isinstance(config, RunConfig) else RunConfig.model_validate(config)
     run_dir = RunDir(out_dir).create()
     with run_dir.lock():
         events = EventWriter(run_dir.events)
         try:
-            file = RunFile(config=run_config, data=open_data(data, run_dir))
+            file = RunFile(
+                config=run_config,
+                data=open_data(data, run_dir),
+                allow_noncommercial_weights=allow_noncommercial_weights,
+            )
             write_atomically(run_dir.config, file.model_dump_json(indent=2).encode())
-            result = run_directory(run_dir, events, StopRequest(), file=file)
+            result = run_with_its_gpus(run_dir, events, StopRequest())
             events.write(Finished(result=result))
         except CtuneError as error:
             events.write(Failed.of(error))

@@ -5,16 +5,17 @@ import re
 from pathlib import Path
 
 import timm
-from timm.models import get_arch_pretrained_cfgs
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
+from ctune.encoders import is_noncommercial
 from ctune.schema import JsonObject
 
 PATCH_IN_NAME = re.compile(r"(?:^|_)patch(\d+)(?:_|$)")
 
 
 def describe_encoders() -> dict[str, JsonObject]:
-    """Return architecture name -> image size, patch size (from the name) and weight tags."""
-    described = {}
+    """Return architecture name -> image size, patch size (from the name), weight tags."""
+    described: dict[str, JsonObject] = {}
     for name in timm.list_models():
         weights = get_arch_pretrained_cfgs(name)
         first = next(iter(weights.values()), None)
@@ -24,6 +25,12 @@ def describe_encoders() -> dict[str, JsonObject]:
             "patch_size_px": int(patch.group(1)) if patch else None,
             "tags": sorted(cfg.tag for cfg in weights.values() if cfg.has_weights and cfg.tag),
         }
+        default = get_pretrained_cfg(name)
+        licences = {cfg.tag or "": cfg.license for cfg in weights.values() if cfg.has_weights}
+        licences[""] = default.license if default else None
+        refused = {tag: licence for tag, licence in licences.items() if is_noncommercial(licence)}
+        if refused:
+            described[name]["noncommercial"] = dict(sorted(refused.items()))
     return described
 
 

@@ -40,6 +40,17 @@ class DatasetSummary(Schema):
         return None
 
 
+def working_size_px(summary: DatasetSummary, image_size_px: int) -> int:
+    """Return the cache side for training: 8/7 of the view (256 for 224), at most the native side.
+
+    The native side is the longest side of any image: a cache beyond it would hold no more detail,
+    only more bytes. So 32 px images are kept at 32 px for an encoder of 32 px as for one of 224 px,
+    and the random crop enlarges them in one step.
+    """
+    native_px = max(summary.width_px[1], summary.height_px[1])
+    return max(1, min(-(-image_size_px * 8 // 7), native_px))
+
+
 class FileIssue(Schema):
     """One member of the archive that is not in the data set, or one that deserves a look."""
 

@@ -1,40 +1,29 @@
 """A whole run: evaluate, train the stages, evaluate again, export. Resumes where a run ended."""
 
-import hashlib
 import importlib
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from ctune.acceleration import accelerate
 from ctune.backbones import Encoder, build_encoder
-from ctune.checkpoint import (
-    CheckpointManifest,
-    checkpoint_name,
-    find_checkpoints,
-    load_checkpoint,
-    optimizer_state,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from ctune.checkpoint import CheckpointManifest
 from ctune.child import StopRequest
 from ctune.config import RunConfig, check, resolve
 from ctune.device import choose_device
+from ctune.distributed import World
+from ctune.early_end import EarlyEnd
 from ctune.encoders import TimmEncoder
-from ctune.errors import CheckpointError, ConfigError, OutOfMemoryError
-from ctune.evaluate.accuracy import topk_accuracy
-from ctune.evaluate.protocols import evaluate
+from ctune.errors import ConfigError, OutOfMemoryError
 from ctune.events import (
-    CheckpointSaved,
-    Evaluated,
     EventBase,
     EventWriter,
     Progress,
@@ -45,16 +34,18 @@ from ctune.events import (
 )
 from ctune.export import export_model
 from ctune.features import RunImages
-from ctune.manifest import Split
-from ctune.methods.base import Program, RunContext, StagePlan
+from ctune.figures_file import FiguresWriter
+from ctune.methods.base import Program, RunContext
+from ctune.online import OnlineEvaluation
+from ctune.resume import newest_checkpoint, run_fingerprint
 from ctune.rundir import RunDir
 from ctune.schema import JsonObject, Schema
+from ctune.scoring import Scoring
 from ctune.seeding import seed_everything
 from ctune.store import PackedStore
-from ctune.train import Hooks, fit
+from ctune.training import Training
 
 REFERENCE_IMAGES = 4
-KEPT_CHECKPOINTS = 2
 EXPORTED_HEADS = ("classifier", "projection_head")
 NO_HELDOUT = Warned(
     code="no_heldout_images",
@@ -74,18 +65,30 @@ class RunFile(Schema):
     encoder_dir: Path | None = None
     """Directory of the model that `encoder.source: model` names."""
     job_id: str | None = None
+    finish: bool = False
+    """The wish to finish early came during an earlier attempt."""
+    allow_noncommercial_weights: bool = False
+    """The operator's consent to weights whose licence forbids commercial use."""
 
 
 class Run:
     """One run in its directory.
 
     Steps of `execute`: start (or find the checkpoint to resume from), evaluate before, train the
-    stages in order, evaluate after, export. Every step tells of itself through events.
+    stages in order, evaluate after, export. Every step tells of itself through events. With several
+    processes each takes these steps; rank 0 alone tells, saves, measures and exports.
     """
 
     def __init__(
-        self, file: RunFile, run_dir: RunDir, *, events: EventWriter, stop: StopRequest
+        self,
+        file: RunFile,
+        run_dir: RunDir,
+        *,
+        events: EventWriter,
+        stop: StopRequest,
+        world: World | None = None,
     ) -> None:
+        self._world = world = world or World()
         self._file = file
         self._config = resolve(file.config)
         self._run_dir = run_dir
@@ -93,20 +96,24 @@ class Run:
         self._stop = stop
         self._store = PackedStore(file.data)
         self._summary = self._store.manifest.summary
-        self._device = choose_device(self._config.resources.gpus)
+        self._device = choose_device(self._config.resources.gpus, world.local_rank)
         self._warnings: list[JsonObject] = []
         self._started_at = time.monotonic()
         self._earlier_s = 0.0
+        if file.finish or run_dir.finish.exists():
+            stop.finish_requested = True
+        self._early_end = EarlyEnd(lambda: world.any(stop.finish_requested), emit=self._emit)
         self._images = RunImages(
             self._store,
             run_dir.cache,
             labelled_only="labels" in self._config.method.NEEDS,
             emit=self._emit,
             stop=stop,
+            world=world,
         )
 
     def execute(self) -> JsonObject:
-        """Do the run and return its result (`Finished.result`).
+        """Do the run and return its result (`Finished.result`), on ranks other than 0 nothing.
 
         Raises:
             CtuneError: the run cannot be done; the error says why and what to do.
@@ -117,7 +124,8 @@ class Run:
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"the memory of the device does not hold the run: {error}",
-                hint="lower batch_size or image_size_px, or use a larger GPU",
+                hint="lower batch_size or image_size_px, set the method's grad_cache where it has"
+                " one, or resources.gradient_checkpointing, or use a larger GPU",
             ) from error
 
     def _execute(self) -> JsonObject:
@@ -126,22 +134,45 @@ class Run:
             raise ConfigError("; ".join(f"{fault.pointer}: {fault.detail}" for fault in faults))
         seed_everything(self._config.seed, "encoder")
         self._encoder = self._build_encoder()
+        figures = FiguresWriter(self._run_dir, self._file.resume_from, self._store)
+        scoring = Scoring(self._config, self._encoder, figures=figures, **self._measured)
+        online = OnlineEvaluation(self._config, self._encoder, **self._measured)
         resumed = self._find_checkpoint()
         self._emit(Started(message=self._describe_start(resumed), details=self._versions()))
         state: JsonObject = resumed[1] if resumed else {}
         self._warnings += state.get("warnings", [])
+        scoring.told.update(warning["message"] for warning in self._warnings)
         self._earlier_s = state.get("elapsed_s", 0.0)
-        if resumed is None and self._heldout is None:
+        if resumed is None and self._summary.heldout_split is None:
             self._emit(NO_HELDOUT)
         before = state.get("before")
         if before is None and self._config.evaluation.before:
-            before = self._evaluate("before")
+            before = scoring.score("before")
         program = self._build_program()
         if resumed is None:
-            for warning in program.warnings:
+            for warning in (*self._encoder_warnings, *program.warnings):
                 self._emit(warning)
-        self._train(program, before, resumed)
-        after = self._evaluate("after", program.modules)
+        training = Training(
+            program=program,
+            config=self._config,
+            run_dir=self._run_dir,
+            earlier=self._earlier_checkpoints,
+            online=online,
+            emit=self._emit,
+            stop=self._stop,
+            early_end=self._early_end,
+            run_state=lambda: {
+                "fingerprint": self._fingerprint,
+                "before": before,
+                "warnings": self._warnings,
+                "elapsed_s": self._elapsed_s(),
+            },
+            world=self._world,
+        )
+        training.run(resumed)
+        after = scoring.score("after", program.modules)
+        if not self._world.is_main:
+            return {}
         for warning in program.advise(before, after):
             self._emit(warning)
         model = self._export(program.modules, before, after)
@@ -150,11 +181,13 @@ class Run:
             "model": model,
             "evaluation": {"before": before, "after": after},
             "warnings": self._warnings,
-            "image_passes": sum(plan.image_passes for plan in program.plans),
+            "selected": training.selected,
+            "image_passes": self._early_end.image_passes(program.plans),
+            "stopped_early": self._early_end.ended,
             "train_s": self._elapsed_s(),
         }
 
-    # --- training ---
+    # --- the method ---
 
     def _build_program(self) -> Program:
         method = self._config.method
@@ -169,128 +202,28 @@ class Run:
             seed=self._config.seed,
             device=self._device,
             from_scratch=isinstance(encoder, TimmEncoder) and not encoder.pretrained,
+            world=self._world,
         )
         program: Program = module.build(method, context)
         return program
-
-    def _train(
-        self,
-        program: Program,
-        before: JsonObject | None,
-        resumed: tuple[CheckpointManifest, JsonObject] | None,
-    ) -> None:
-        at = resumed[0].order if resumed else (0, 0)
-        if resumed:
-            program.modules.load_state_dict(resumed[1]["modules"])
-        for index, plan in enumerate(program.plans):
-            start_step = at[1] if index == at[0] else 0
-            if index < at[0] or start_step >= plan.total_steps:
-                continue
-            self._emit(StageStarted(stage=plan.name, step=start_step, total_steps=plan.total_steps))
-            stage = plan.start()
-            if start_step and resumed:
-                stage.optimizer.load_state_dict(optimizer_state(resumed[1]["optimizer"]))
-            seed_everything(self._config.seed, plan.name, "start")
-            hooks = Hooks(
-                emit=self._emit,
-                save=lambda step, index=index, plan=plan, stage=stage: self._save(  # type: ignore[misc]
-                    program, before, stage.optimizer, index=index, plan=plan, step=step
-                ),
-                report_progress=lambda step, rate, index=index: self._report_progress(  # type: ignore[misc]
-                    program.plans, index, step, rate
-                ),
-                stop=self._stop,
-                checkpoint_interval_s=self._config.resources.checkpoint_interval_s,
-            )
-            fit(
-                stage,
-                name=plan.name,
-                seed=self._config.seed,
-                start_step=start_step,
-                hooks=hooks,
-            )
-        end = program.plans[-1].total_steps
-        self._report_progress(program.plans, len(program.plans) - 1, end, None)
-
-    def _save(
-        self,
-        program: Program,
-        before: JsonObject | None,
-        optimizer: torch.optim.Optimizer,
-        *,
-        index: int,
-        plan: StagePlan,
-        step: int,
-    ) -> None:
-        state = {
-            "fingerprint": self._fingerprint,
-            "before": before,
-            "warnings": self._warnings,
-            "elapsed_s": self._elapsed_s(),
-            "modules": program.modules.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        folder = self._run_dir.checkpoints
-        manifest = save_checkpoint(folder, state, stage=plan.name, stage_index=index, step=step)
-        newest = [path.name for path in find_checkpoints([folder])[:KEPT_CHECKPOINTS]]
-        ends = [checkpoint_name(p.name, p.total_steps) for p in program.plans]
-        kept = prune_checkpoints(folder, keep=[*newest, *ends])
-        name = checkpoint_name(plan.name, step)
-        self._emit(
-            CheckpointSaved(name=name, stage=plan.name, step=step, files=manifest.files, kept=kept)
-        )
-
-    def _report_progress(
-        self, plans: Sequence[StagePlan], index: int, step: int, steps_per_s: float | None
-    ) -> None:
-        plan = plans[index]
-        passes = [p.image_passes for p in plans]
-        here = step / plan.total_steps
-        done = sum(passes[:index]) + here * passes[index]
-        remaining_s = 0.0 if done == sum(passes) else None
-        if steps_per_s:
-            passes_per_s = steps_per_s * passes[index] / plan.total_steps
-            remaining_s = (sum(passes) - done) / passes_per_s
-        self._emit(
-            Progress(
-                stage=plan.name,
-                step=step,
-                total_steps=plan.total_steps,
-                fraction=done / sum(passes),
-                seconds_remaining=remaining_s,
-            )
-        )
 
     # --- resuming ---
 
     @cached_property
     def _fingerprint(self) -> str:
-        """What a checkpoint must share with this run: everything that decides the outcome."""
-        config = self._config.model_dump_json(exclude={"resources"})
-        text = f"{config} {self._store.manifest.archive_sha256}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        return run_fingerprint(self._config, self._store.manifest.archive_sha256)
+
+    @property
+    def _earlier_checkpoints(self) -> list[Path]:
+        return [RunDir(path).checkpoints for path in self._file.resume_from]
 
     def _find_checkpoint(self) -> tuple[CheckpointManifest, JsonObject] | None:
-        earlier = [RunDir(path).checkpoints for path in self._file.resume_from]
-        for path in find_checkpoints([self._run_dir.checkpoints, *earlier]):
-            try:
-                manifest, state = load_checkpoint(path)
-            except CheckpointError as error:
-                self._emit(
-                    Warned(
-                        code="checkpoint_damaged",
-                        message=f"{path.name} is left out: {error.message}",
-                        hint="an earlier checkpoint is used, or the run starts again",
-                    )
-                )
-                continue
-            if state["fingerprint"] != self._fingerprint:
-                raise ConfigError(
-                    f"{path} was made with another configuration or data set",
-                    hint="use a new run directory",
-                )
-            return manifest, state
-        return None
+        return newest_checkpoint(
+            self._run_dir.checkpoints,
+            self._earlier_checkpoints,
+            fingerprint=self._fingerprint,
+            warn=self._emit,
+        )
 
     def _describe_start(self, resumed: tuple[CheckpointManifest, JsonObject] | None) -> str:
         method = self._config.method.name
@@ -298,6 +231,16 @@ class Run:
             return f"{method} on {self._device.type} starts"
         manifest = resumed[0]
         return f"{method} on {self._device.type} goes on from {manifest.stage} {manifest.step}"
+
+    @property
+    def _measured(self) -> dict[str, Any]:
+        """What everything that measures the encoder works on."""
+        return {
+            "images": self._images,
+            "summary": self._summary,
+            "device": self._device,
+            "emit": self._emit,
+        }
 
     # --- encoder, images, features ---
 
@@ -308,50 +251,28 @@ class Run:
             pool=method.encoder_pool,
             encoder_dir=self._file.encoder_dir,
             drop_path=method.encoder_drop_path,
+            allow_noncommercial_weights=self._file.allow_noncommercial_weights,
         )
         if method.pixel_normalization == "dataset":
             cache = self._images.for_training(encoder.image_size_px)
             encoder.mean, encoder.std = cache.pixel_statistics()
-        return encoder.to(self._device)
-
-    @property
-    def _heldout(self) -> Split | None:
-        return self._summary.heldout_split
-
-    # --- evaluation and export ---
-
-    def _evaluate(
-        self, when: Literal["before", "after"], modules: nn.ModuleDict | None = None
-    ) -> JsonObject:
-        if self._heldout is None:
-            return {}
-        for split in ("train", self._heldout):
-            self._images.decoded(split, self._encoder.image_size_px)
-        self._emit(StageStarted(stage="evaluating"))
-        train = self._images.features(self._encoder, "train", self._device)
-        heldout = self._images.features(self._encoder, self._heldout, self._device)
-        results: JsonObject = evaluate(
-            train,
-            heldout,
-            self._config.evaluation,
-            num_classes=len(self._summary.classes),
-            seed=self._config.seed,
-            warn=self._emit,
+        encoder = encoder.to(self._device)
+        resources = self._config.resources
+        self._encoder_warnings = accelerate(
+            encoder,
+            self._device,
+            compile=resources.compile,
+            gradient_checkpointing=resources.gradient_checkpointing,
         )
-        labelled = heldout.labelled()
-        if modules is not None and "classifier" in modules and len(labelled.labels):
-            with torch.no_grad():
-                logits = modules["classifier"](labelled.features)
-            top1, top5 = topk_accuracy(logits, labelled.labels, (1, min(5, logits.shape[1])))
-            results["classifier"] = {"top1": top1, "top5": top5}
-        self._emit(Evaluated(when=when, results=results))
-        return results
+        return encoder
+
+    # --- export ---
 
     def _export(
         self, modules: nn.ModuleDict, before: JsonObject | None, after: JsonObject
     ) -> JsonObject:
         self._emit(StageStarted(stage="exporting"))
-        split = self._heldout or "train"
+        split = self._summary.heldout_split or "train"
         return export_model(
             self._encoder,
             self._run_dir.model,
@@ -361,6 +282,7 @@ class Run:
                 "config": self._config.model_dump(mode="json"),
                 "data_sha256": self._store.manifest.archive_sha256,
                 "job_id": self._file.job_id,
+                "stopped_early": self._early_end.ended,
                 "versions": self._versions(),
             },
             evaluation={"before": before, "after": after},
@@ -376,6 +298,8 @@ class Run:
         return self._earlier_s + time.monotonic() - self._started_at
 
     def _emit(self, event: EventBase) -> None:
+        if not self._world.is_main:
+            return
         if isinstance(event, Warned):
             self._warnings.append(event.model_dump(include={"code", "message", "hint"}))
         if not isinstance(event, Progress):  # for the log; stdout belongs to whoever runs us
@@ -388,12 +312,3 @@ class Run:
         device = self._device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         return versions | {"python": platform.python_version(), "device": f"{device.type} {name}"}
-
-
-def run_directory(
-    run_dir: RunDir, events: EventWriter, stop: StopRequest, *, file: RunFile | None = None
-) -> JsonObject:
-    """Do what the `config.json` of a run directory says; see `Run.execute`."""
-    if file is None:
-        file = RunFile.model_validate_json(run_dir.config.read_bytes())
-    return Run(file, run_dir.create(), events=events, stop=stop).execute()

@@ -6,10 +6,13 @@ RUN_DIR/
     train.log       the child's stdout and stderr
     lock            held by the one process that may write here
     lease           rewritten by the supervisor at every heartbeat; see `ctune.child`
+    finish          made by the supervisor: end the training early, evaluate, keep the model
+    figures.json    what the pictures of the report show (`ctune.figures_file`)
     checkpoints/    one directory per checkpoint
     store/          the packed store that an ingestion makes
     cache/          decoded images; removed at the end
     model/          the exported encoder
+    ranks/          the last words of the processes of one run, where there are several
 """
 
 import fcntl
@@ -31,15 +34,22 @@ class RunDir:
         self.log = self.root / "train.log"
         self.lock_file = self.root / "lock"
         self.lease = self.root / "lease"
+        self.finish = self.root / "finish"
+        self.figures = self.root / "figures.json"
         self.checkpoints = self.root / "checkpoints"
         self.cache = self.root / "cache"
         self.model = self.root / "model"
+        self.ranks = self.root / "ranks"
 
     def create(self) -> "RunDir":
         """Make the directory and those inside it; existing ones stay as they are."""
         for path in (self.root, self.checkpoints):
             path.mkdir(parents=True, exist_ok=True)
         return self
+
+    def rank_events(self, rank: int) -> Path:
+        """Return where one of several processes of the run says its last word."""
+        return self.ranks / f"{rank}.jsonl"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """Batches of indices as a pure function of (seed, epoch), so that a run resumes inside an epoch.
 
-Both samplers describe the *global* batch; with several replicas each takes its contiguous share.
-They serve as ``batch_sampler`` of a torch DataLoader. Nothing here opens an image or imports torch.
+Both samplers describe the *global* batch; with several processes each takes its contiguous
+share (`ctune.distributed.World.share`).
+They serve as ``batch_sampler`` of a torch DataLoader and open no image. Never imports torch.
 """
 
 from abc import ABC, abstractmethod
@@ -13,29 +14,21 @@ from numpy.typing import ArrayLike, NDArray
 
 Indices: TypeAlias = NDArray[np.int64]
 ShortClass = Literal["oversample", "skip", "raise"]
+BatchKind = Literal["auto", "random", "class_balanced"]
+
+RANDOM_IS_ENOUGH = 0.95
+"""Share of anchors with a positive from another image above which random batches will do (2.5)."""
 
 
 class EpochBatches(ABC):
-    """Base: epochs of batches, drawn from (seed, epoch) only and so alike on all replicas."""
+    """Base: epochs of batches, drawn from (seed, epoch) only and so alike in all processes."""
 
-    def __init__(self, batch_size: int, *, seed: int, num_replicas: int, rank: int) -> None:
+    def __init__(self, batch_size: int, *, seed: int) -> None:
         if batch_size < 1:
             raise ValueError(f"the batch size is {batch_size}; it must be at least 1")
-        if num_replicas < 1 or not 0 <= rank < num_replicas:
-            raise ValueError(
-                f"rank is {rank} of num_replicas {num_replicas}; ranks count from 0 to "
-                "num_replicas - 1"
-            )
-        if batch_size % num_replicas:
-            raise ValueError(
-                f"the global batch of {batch_size} does not divide by num_replicas "
-                f"{num_replicas}; change the batch size"
-            )
         self.batch_size = batch_size
-        """Images of one global batch; a replica gets 1/num_replicas of them."""
+        """Images of one global batch."""
         self.seed = seed
-        self.num_replicas = num_replicas
-        self.rank = rank
         self.epoch = 0
 
     @abstractmethod
@@ -43,14 +36,8 @@ class EpochBatches(ABC):
         """Batches per epoch."""
 
     @abstractmethod
-    def global_batches(self, epoch: int) -> list[Indices]:
-        """All batches of an epoch, [batch size] each, the same on every replica."""
-
     def batches(self, epoch: int) -> list[Indices]:
-        """This replica's share of every batch of an epoch; slice it to resume inside the epoch."""
-        share = self.batch_size // self.num_replicas
-        start = self.rank * share
-        return [batch[start : start + share] for batch in self.global_batches(epoch)]
+        """All batches of an epoch, [batch size] each; slice them to resume inside the epoch."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that iteration yields."""
@@ -75,14 +62,10 @@ class RandomBatchSampler(EpochBatches):
         num_items: items of the data set.
         batch_size: of the global batch.
         seed: any integer.
-        drop_last: leave out the short last batch; required with several replicas, which would
-            otherwise get unequal shares.
-        num_replicas: replicas that share every batch.
-        rank: which of them this is.
+        drop_last: leave out the short last batch.
 
     Raises:
-        ValueError: nothing to sample, not one whole batch under ``drop_last``, a batch that does
-            not divide by the replicas.
+        ValueError: nothing to sample, or not one whole batch under ``drop_last``.
     """
 
     def __init__(
@@ -92,21 +75,14 @@ class RandomBatchSampler(EpochBatches):
         *,
         seed: int = 0,
         drop_last: bool = True,
-        num_replicas: int = 1,
-        rank: int = 0,
     ) -> None:
-        super().__init__(batch_size, seed=seed, num_replicas=num_replicas, rank=rank)
+        super().__init__(batch_size, seed=seed)
         if num_items < 1:
             raise ValueError(f"num_items is {num_items}; there is nothing to sample")
         if drop_last and num_items < batch_size:
             raise ValueError(
                 f"{num_items} items make no batch of {batch_size}, so an epoch has none; lower "
                 "the batch size"
-            )
-        if num_replicas > 1 and not drop_last:
-            raise ValueError(
-                f"drop_last is off with num_replicas {num_replicas}: the last batch would be "
-                "unequal; switch it on"
             )
         self.num_items = num_items
         self.drop_last = drop_last
@@ -115,7 +91,7 @@ class RandomBatchSampler(EpochBatches):
         whole, rest = divmod(self.num_items, self.batch_size)
         return whole + (1 if rest and not self.drop_last else 0)
 
-    def global_batches(self, epoch: int) -> list[Indices]:
+    def batches(self, epoch: int) -> list[Indices]:
         """See the base class."""
         order = self._generator(epoch).permutation(self.num_items).astype(np.int64)
         return [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
@@ -126,8 +102,8 @@ class ClassBalancedBatchSampler(EpochBatches):
 
     Every class has a shuffled queue, refilled when exhausted, so that within an epoch all its
     images are seen before any is seen again; at the seam, images already in the batch wait in the
-    new queue. Images of one class stand together in the batch, so a replica's contiguous share
-    holds whole classes when P divides by num_replicas.
+    new queue. Images of one class stand together in the batch, so the contiguous share of
+    one of n processes holds whole classes when P divides by n.
 
     Args:
         labels: [N] integer class of every image.
@@ -137,12 +113,10 @@ class ClassBalancedBatchSampler(EpochBatches):
             leaves the class out, "raise" refuses.
         seed: any integer.
         batches_per_epoch: None: max(1, images of eligible classes // (P*K)).
-        num_replicas: replicas that share every batch.
-        rank: which of them this is.
 
     Raises:
         ValueError: labels not 1-D integers; P or K < 1; fewer eligible classes than P; a short
-            class under "raise"; P*K not divisible by num_replicas.
+            class under "raise".
     """
 
     def __init__(
@@ -154,8 +128,6 @@ class ClassBalancedBatchSampler(EpochBatches):
         short_class: ShortClass = "oversample",
         seed: int = 0,
         batches_per_epoch: int | None = None,
-        num_replicas: int = 1,
-        rank: int = 0,
     ) -> None:
         for name, value in (
             ("classes_per_batch", classes_per_batch),
@@ -165,7 +137,7 @@ class ClassBalancedBatchSampler(EpochBatches):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         batch_size = classes_per_batch * samples_per_class
-        super().__init__(batch_size, seed=seed, num_replicas=num_replicas, rank=rank)
+        super().__init__(batch_size, seed=seed)
         self._members = _eligible_members(_label_array(labels), samples_per_class, short_class)
         if classes_per_batch > len(self._members):
             raise ValueError(
@@ -181,7 +153,7 @@ class ClassBalancedBatchSampler(EpochBatches):
     def __len__(self) -> int:
         return self._length
 
-    def global_batches(self, epoch: int) -> list[Indices]:
+    def batches(self, epoch: int) -> list[Indices]:
         """See the base class; images of one class are neighbours."""
         rng = self._generator(epoch)
         queues = {label: rng.permutation(members) for label, members in self._members.items()}
@@ -209,6 +181,43 @@ class ClassBalancedBatchSampler(EpochBatches):
             queue = refill[~np.isin(refill, more)]
             taken = np.concatenate([taken, more])
         return np.concatenate([whole, taken]), queue
+
+
+def contrastive_sampler(
+    labels: ArrayLike,
+    batch_size: int,
+    *,
+    kind: BatchKind,
+    samples_per_class: int,
+    seed: int = 0,
+) -> EpochBatches:
+    """Return batches for a contrastive loss with labels (LaCViT, section 2.5).
+
+    `auto` takes random batches while `RANDOM_IS_ENOUGH` of the anchors find a positive in them, and
+    where K does not divide the batch or there are fewer classes than a balanced batch needs.
+
+    Raises:
+        ValueError: see the samplers.
+    """
+    array = _label_array(labels)
+    if kind == "auto":
+        share = expected_cross_image_positive_fraction(array, batch_size)
+        fits = batch_size % samples_per_class == 0
+        classes_fit = batch_size // samples_per_class <= len(np.unique(array))
+        kind = "class_balanced" if share < RANDOM_IS_ENOUGH and fits and classes_fit else "random"
+    if kind == "random":
+        return RandomBatchSampler(len(array), batch_size, seed=seed)
+    return ClassBalancedBatchSampler(
+        array,
+        batch_size // samples_per_class,
+        samples_per_class,
+        seed=seed,
+    )
+
+
+def steps_per_epoch(sampler: EpochBatches, accumulate_steps: int) -> int:
+    """Return optimizer steps per epoch; a short last group of micro-batches still steps."""
+    return -(-len(sampler) // accumulate_steps)
 
 
 def expected_cross_image_positive_fraction(labels: ArrayLike, batch_size: int) -> float:

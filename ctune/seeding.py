@@ -19,8 +19,11 @@ def make_generator(*parts: int | str) -> torch.Generator:
 
 
 def seed_everything(*parts: int | str) -> None:
-    """Seed the global generators of torch (all devices), numpy and python from `parts`."""
+    """Seed the global generators of torch (CPU, GPUs in use), numpy and python from `parts`."""
     seed = derive_seed(*parts)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    # Not torch.manual_seed: where CUDA is not in use, that formats a stack trace each time.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

@@ -1,18 +1,23 @@
 """The one training loop, read top to bottom."""
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from ctune.child import StopRequest
+from ctune.augment import Shard
+from ctune.child import StopRequest, StopRequested
 from ctune.data import prefetch
+from ctune.distributed import World
 from ctune.errors import DivergedError, OutOfMemoryError
 from ctune.events import EventBase, Metrics
-from ctune.methods.base import Batch, Stage, StepOutput, steps_per_epoch
+from ctune.methods.base import Batch, Source, Stage, StepOutput
+from ctune.optim import clip_gradients_per_tensor
+from ctune.samplers import Indices, steps_per_epoch
 from ctune.seeding import make_generator, seed_everything
 
 PROGRESS_INTERVAL_S = 1.0
@@ -31,13 +36,27 @@ class Hooks:
     """Tell (step, steps per second)."""
     stop: StopRequest
     checkpoint_interval_s: float
+    ends_early: Callable[[int], bool] = lambda step: False
+    """Whether the stage is to end with the steps made, fewer than planned."""
+    look: Callable[[int], bool] = lambda step: False
+    """Look at the encoder after so many steps, once; return whether to keep these weights."""
+    look_interval_steps: int | None = None
+    """Steps between two looks, None for no looks."""
+    world: World = field(default_factory=World)
+    """The processes that train together; all of them call the hooks in the same order."""
 
 
-def fit(stage: Stage, *, name: str, seed: int, start_step: int, hooks: Hooks) -> None:
+def fit(stage: Stage, *, name: str, seed: int, start_step: int, hooks: Hooks) -> int:
     """Train `stage` from `start_step` to its end; checkpoint at the end and before stopping.
 
     Randomness is a pure function of (seed, stage name, step, micro-batch), and the batches of an
     epoch of (seed, epoch): a resumed stage does exactly what an uninterrupted one does.
+
+    With several processes each takes its rows of every batch, and what concerns all (when to save,
+    to log, to stop) is decided alike in all of them.
+
+    Returns:
+        The optimizer steps made, those before `start_step` included.
 
     Raises:
         DivergedError: the loss or the gradient norm is not finite.
@@ -48,41 +67,54 @@ def fit(stage: Stage, *, name: str, seed: int, start_step: int, hooks: Hooks) ->
     total_steps = per_epoch * stage.epochs
     log_every = max(1, total_steps // LOGS_PER_STAGE)
     parameters = [p for group in stage.optimizer.param_groups for p in group["params"]]
-    step, pace = start_step, Pace(start_step)
+    world, step, pace = hooks.world, start_step, Pace(start_step)
+    fetch = functools.partial(_fetch_share, stage.source, world)
+    if _look_if_due(stage, hooks, pace, step=step, total_steps=total_steps):
+        hooks.save(step)
     stage.method.train()
     for epoch in range(start_step // per_epoch, stage.epochs):
         batches = stage.sampler.batches(epoch)[(step % per_epoch) * stage.accumulate_steps :]
-        with prefetch(batches, stage.source.fetch) as fetched:
+        with prefetch(batches, fetch) as fetched:
             for group in _groups(fetched, stage.accumulate_steps):
                 lr = _set_lr(stage, step)
-                outputs = _accumulate(stage, group, seed=seed, name=name, step=step)
-                grad_norm = torch.nn.utils.clip_grad_norm_(
-                    parameters, stage.clip_grad_norm or float("inf")
-                )
+                outputs = _accumulate(stage, group, world, seed=seed, name=name, step=step)
+                world.average_gradients(parameters)
+                grad_norm = _clip(stage, parameters)
                 stage.optimizer.step()
                 stage.optimizer.zero_grad(set_to_none=True)
                 for warning in stage.method.after_step(step):
                     hooks.emit(warning)
                 step += 1
-                pace.images += sum(len(batch.labels) for batch in group)
-                due = pace.checkpoint_due(hooks.checkpoint_interval_s) and step < total_steps
-                stopping = hooks.stop.requested and step < total_steps
+                if step < total_steps and hooks.ends_early(step):
+                    total_steps = step  # for all that follows this was the last one
+                pace.images += sum(batch.global_size for batch in group)
+                due, stopping = False, False
+                if step < total_steps:
+                    due = pace.checkpoint_due(hooks.checkpoint_interval_s)
+                    due, stopping = world.any_each(due, hooks.stop.requested)
                 log = (step - 1) % log_every == 0 or step == total_steps
                 if log or due or stopping:  # values come to the host only here
+                    outputs = [_over_all(output, world) for output in outputs]
                     values = _values(outputs, grad_norm, group, name=name, step=step - 1)
                     if log:
                         values |= {"lr": lr, "epoch": float(epoch), **pace.lap(fetched.waited_s)}
                         hooks.emit(Metrics(stage=name, step=step - 1, values=values))
-                if due or stopping:
+                best = _look_if_due(stage, hooks, pace, step=step, total_steps=total_steps)
+                if due or stopping or (best and step < total_steps):
                     _check_parameters(parameters, name=name, step=step - 1)
                     hooks.save(step)
                     pace.checkpoint_done()
                 if stopping:
-                    hooks.stop.check()
+                    world.check(hooks.stop)
                 if pace.progress_due():
                     hooks.report_progress(step, pace.steps_per_s(step))
+                if step == total_steps:
+                    break
+        if step == total_steps:
+            break
     _check_parameters(parameters, name=name, step=total_steps - 1)
     hooks.save(total_steps)
+    return total_steps
 
 
 @dataclass
@@ -114,6 +146,10 @@ class Pace:
         elapsed_s = time.monotonic() - self._start
         return (step - self.start_step) / elapsed_s if elapsed_s > 0 else None
 
+    def leave_out(self, elapsed_s: float) -> None:
+        """Do not count this time, which was not spent on training, to the present lap."""
+        self._lap += elapsed_s
+
     def progress_due(self) -> bool:
         """Return whether to tell progress now, and start the next interval if so."""
         now = time.monotonic()
@@ -131,6 +167,31 @@ class Pace:
         self._checkpoint = time.monotonic()
 
 
+def _look_if_due(stage: Stage, hooks: Hooks, pace: Pace, *, step: int, total_steps: int) -> bool:
+    """Look every so many steps, at the start and at the end of the stage.
+
+    A look that a stop cuts short is taken again when the run goes on from the checkpoint made here.
+    """
+    every = hooks.look_interval_steps
+    if every is None or (step % every and step < total_steps):
+        return False
+    started = time.monotonic()
+    try:
+        best = hooks.look(step)
+    except StopRequested:
+        hooks.save(step)
+        raise
+    stage.method.train()
+    pace.leave_out(time.monotonic() - started)
+    return best
+
+
+def _fetch_share(source: Source, world: World, positions: Indices) -> Batch:
+    """Return this process's rows of the global batch of images at `positions`."""
+    rows = world.share(len(positions))
+    return replace(source.fetch(positions[rows]), shard=Shard(rows.start, len(positions)))
+
+
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     group: list[Batch] = []
     for batch in batches:
@@ -146,16 +207,34 @@ def _set_lr(stage: Stage, step: int) -> float:
     lr = stage.lr_at(step)
     for group in stage.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+        if stage.weight_decay_at is not None and group.get("decayed", True):
+            group["weight_decay"] = stage.weight_decay_at(step)
     return lr
 
 
+def _clip(stage: Stage, parameters: list[nn.Parameter]) -> Tensor:
+    """Clip the gradients as the stage says; return the norm that they had together."""
+    if stage.clip_tensor_norm is None:
+        limit = stage.clip_grad_norm or float("inf")
+        total: Tensor = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        return total
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = clip_gradients_per_tensor(gradients, max_norm=stage.clip_tensor_norm)
+    together: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return together
+
+
 def _accumulate(
-    stage: Stage, group: list[Batch], *, seed: int, name: str, step: int
+    stage: Stage, group: list[Batch], world: World, *, seed: int, name: str, step: int
 ) -> list[StepOutput]:
-    """Run forward and backward on each micro-batch; gradients are those of the mean loss."""
+    """Run forward and backward on each micro-batch; gradients are those of the mean loss.
+
+    With several processes their mean is; a loss that is a mean over rows counts by its rows.
+    """
     outputs = []
     for micro, batch in enumerate(group):
-        seed_everything(seed, name, step, micro)
+        own = (world.rank,) if world.rank else ()  # other rows, other paths to drop
+        seed_everything(seed, name, step, micro, *own)
         generator = make_generator(seed, name, step, micro, "views")
         device = batch.inputs.device.type
         autocast = (
@@ -166,15 +245,33 @@ def _accumulate(
         try:
             with autocast:
                 output = stage.method.step(batch, generator)
+            output = _times(output, world.weight(len(batch.labels), batch.global_size))
             torch.autograd.backward(output.loss / len(group))
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"stage {name!r}: a micro-batch of {len(batch.labels)} images does not fit into"
                 f" the memory of the device",
-                hint="lower batch_size or image_size_px, or use a larger GPU",
+                hint="lower batch_size or image_size_px, set the method's grad_cache where it has"
+                " one, or resources.gradient_checkpointing, or use a larger GPU",
             ) from error
         outputs.append(output)
     return outputs
+
+
+def _times(output: StepOutput, weight: float) -> StepOutput:
+    if weight == 1:
+        return output
+    metrics = {name: value * weight for name, value in output.metrics.items()}
+    return StepOutput(output.loss * weight, metrics)
+
+
+def _over_all(output: StepOutput, world: World) -> StepOutput:
+    """Return the mean over the processes, which all have the same metrics."""
+    if world.size == 1:
+        return output
+    values = [output.loss, *output.metrics.values()]
+    loss, *metrics = world.mean(torch.stack([v.detach().float() for v in values])).unbind()
+    return StepOutput(loss, dict(zip(output.metrics, metrics, strict=True)))
 
 
 def _values(

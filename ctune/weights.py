@@ -1,14 +1,17 @@
 """Get an encoder's published or stored weights and load them without leaving anything out silently.
 
-Only safetensors files are read, never pickles.
+Files are safetensors, or torch files of tensors and plain values: no code of a pickle ever runs.
 """
 
+import argparse
+import pickle
 import sys
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
@@ -66,9 +69,33 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise EncoderError(
             f"the weights {path} cannot be read: {error}",
-            hint="give a .safetensors file; pickled checkpoints are not loaded",
+            hint="give a .safetensors file",
             code="weights_unreadable",
         ) from error
+
+
+def read_torch_file(path: Path) -> dict[str, Any]:
+    """Return what a file of ``torch.save`` holds: tensors, plain values, training arguments.
+
+    Raises:
+        EncoderError: ``weights_unreadable``: missing, damaged, or with objects of other kinds.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise EncoderError(
+            f"the weights {path} cannot be read: {error}",
+            hint="give a .safetensors file, or a torch file of tensors and plain values",
+            code="weights_unreadable",
+        ) from error
+    if not isinstance(content, dict):
+        raise EncoderError(
+            f"the weights {path} cannot be read: they are a {type(content).__name__}",
+            hint="give a checkpoint with named tensors",
+            code="weights_unreadable",
+        )
+    return content
 
 
 def strip_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:

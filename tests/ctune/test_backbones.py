@@ -35,7 +35,10 @@ def from_file(path: Path, state: dict[str, Tensor], **fields: Any) -> Encoder:
     pool = fields.pop("pool", "auto")
     given = {"name": VIT, "image_size_px": 16, "options": TINY, **fields}
     return build_encoder(
-        FileEncoder(path=str(path / "w.safetensors"), **given), pool=pool, encoder_dir=None
+        FileEncoder(path=str(path / "w.safetensors"), **given),
+        pool=pool,
+        encoder_dir=None,
+        allow_noncommercial_weights=True,
     )
 
 
@@ -189,6 +192,19 @@ def test_published_weights_are_loaded_and_their_licence_kept(
         assert torch.equal(value, state[key]), key
 
 
+def test_weights_that_forbid_commercial_use_need_consent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(repo: str, filename: str) -> str:
+        raise LocalEntryNotFoundError(f"no {repo}")
+
+    monkeypatch.setattr(weights_module, "hf_hub_download", fail)
+    config = TimmEncoder(name="vit_base_patch16_224.mae")
+    with pytest.raises(EncoderError, match="under licence cc-by-nc") as caught:
+        build_encoder(config, pool="auto", encoder_dir=None)
+    assert caught.value.error_code == "noncommercial_weights"
+    with pytest.raises(EncoderError, match=r"no timm/vit_base_patch16_224\.mae"):
+        build_encoder(config, pool="auto", encoder_dir=None, allow_noncommercial_weights=True)
+
+
 def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(repo: str, filename: str) -> str:
         raise LocalEntryNotFoundError("no connection")
@@ -287,12 +303,15 @@ def test_beit_position_information_follows_the_file(tmp_path: Path) -> None:
     assert {key: encoder.model_args[key] for key in flags} == flags
 
 
-def test_pickles_are_not_loaded(tmp_path: Path) -> None:
-    path = tmp_path / "w.pth"
+@pytest.mark.parametrize(("suffix", "code"), [("pth", "checkpoint_format"), ("bin", "weights_un")])
+def test_torch_files_of_other_encoders_are_not_loaded(
+    tmp_path: Path, suffix: str, code: str
+) -> None:
+    path = tmp_path / f"w.{suffix}"
     torch.save(tiny_state(), path)
-    with pytest.raises(EncoderError, match="cannot be read") as caught:
+    with pytest.raises(EncoderError, match=r"cannot be read|not a checkpoint") as caught:
         build_encoder(FileEncoder(path=str(path), name=VIT), pool="auto", encoder_dir=None)
-    assert caught.value.error_code == "weights_unreadable"
+    assert caught.value.error_code.startswith(code)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,13 @@ def wait(run_dir, events, stop):
         stop.check()
         time.sleep(0.01)
 
+def wait_to_finish(run_dir, events, stop):
+    events.write(Progress(stage="s", step=0, total_steps=0, fraction=0.0))
+    while not stop.finish_requested:
+        stop.check()
+        time.sleep(0.01)
+    return {"stopping": stop.requested}
+
 def hang(run_dir, events, stop):
     events.write(Progress(stage="s", step=0, total_steps=0, fraction=0.0))
     while True:
@@ -199,6 +206,16 @@ def test_signals_ask_for_a_stop(run_dir: RunDir, start: Starter, name: signal.Si
     word = last_word(run_dir)
     assert isinstance(word, Stopped)
     assert word.reason == ("asked to stop" if name == signal.SIGTERM else "interrupted")
+
+
+def test_a_file_asks_to_finish_early(run_dir: RunDir, start: Starter) -> None:
+    child = start("wait_to_finish")
+    until_running(run_dir)
+    run_dir.finish.touch()
+    assert child.wait(timeout=10) == 0
+    word = last_word(run_dir)
+    assert isinstance(word, Finished)
+    assert word.result == {"stopping": False}
 
 
 def test_a_second_ctrl_c_ends_a_deaf_child(run_dir: RunDir, start: Starter) -> None:

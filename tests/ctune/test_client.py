@@ -107,6 +107,21 @@ def test_busy_service_is_asked_again(script: Script, client: Client) -> None:
     assert [json.loads(body) for *_, body in script.asked] == [{"dataset": "ds_1"}] * 3
 
 
+def test_an_estimate_is_asked_for_again_while_there_is_time(
+    script: Script, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctune.client.ESTIMATE_WAIT_S", 0.05)
+    script.say(200, {"duration_s": None, "retry_after_s": 5})
+    script.say(200, {"duration_s": None, "retry_after_s": 5})
+    script.say(200, {"duration_s": 7.0, "retry_after_s": None})
+    assert client.jobs.estimate({"dataset": "ds_1"}, wait_s=60)["duration_s"] == 7.0
+    paths = [path for _, path, _, _ in script.asked]
+    assert paths == ["/jobs/estimate?wait_s=0.05"] * 3
+    script.say(200, {"duration_s": None, "retry_after_s": 5})
+    assert client.jobs.estimate({"dataset": "ds_1"})["duration_s"] is None
+    assert script.asked[-1][1] == "/jobs/estimate?wait_s=0.0"
+
+
 def test_after_all_retries_the_problem_is_an_error(script: Script, client: Client) -> None:
     for _ in range(client_http.RETRIES + 1):
         script.say(503, {"detail": "not ready: no worker"}, retry_after="0")

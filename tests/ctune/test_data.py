@@ -1,4 +1,5 @@
 import os
+import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -9,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ctune.data import ImageCache, prefetch, working_size_px
+from ctune.data import ImageCache, prefetch
 from ctune.errors import CtuneError
-from ctune.manifest import DatasetSummary, Split
+from ctune.manifest import DatasetSummary, Split, working_size_px
 from ctune.preprocess import Preprocessing
 from ctune.store import PackedStore
 
@@ -125,6 +126,16 @@ def test_a_batch_is_a_copy(cache: ImageCache) -> None:
 def test_refuses_positions_outside(cache: ImageCache, position: int) -> None:
     with pytest.raises(IndexError, match="of 4 images"):
         cache.batch([0, position])
+
+
+def test_another_process_opens_the_same_file(cache: ImageCache) -> None:
+    written = pickle.dumps(cache)
+    assert len(written) < len(cache) * 3 * cache.size_px**2
+    again: ImageCache = pickle.loads(written)
+    positions = np.arange(len(cache))
+    assert torch.equal(again.batch(positions), cache.batch(positions))
+    assert torch.equal(again.sizes(positions), cache.sizes(positions))
+    assert again.labels.tolist() == cache.labels.tolist()
 
 
 def test_empty_cache_and_empty_batch(tmp_path: Path, cache: ImageCache) -> None:

@@ -22,6 +22,25 @@ def test_numbering_goes_on_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
     assert path.read_text().endswith("}\n")
 
 
+def test_a_writer_goes_on_behind_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    launcher, rank = EventWriter(path), EventWriter(path)
+    for reason in ("first", "second"):
+        rank.write(Stopped(reason=reason))
+    rank.close()
+    with path.open("a") as file:
+        file.write('{"seq": 2, "event": "stop')
+    launcher.catch_up()
+    launcher.write(Stopped(reason="last"))
+    launcher.close()
+    told = [event for event, _ in read_events(path)]
+    assert [(e.seq, e.reason) for e in told if isinstance(e, Stopped)] == [
+        (0, "first"),
+        (1, "second"),
+        (2, "last"),
+    ]
+
+
 def test_a_line_without_its_end_waits_for_the_next_look(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     writer = EventWriter(path)

@@ -179,7 +179,13 @@ def test_licence_travels(tmp_path: Path) -> None:
     export(made, tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text(encoding="utf-8"))
     assert config["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
-    again = build_encoder(ModelEncoder(id="mdl_x"), pool="auto", encoder_dir=tmp_path / "model")
+    tuned = ModelEncoder(id="mdl_x")
+    with pytest.raises(EncoderError, match="cc-by-nc"):
+        build_encoder(tuned, pool="auto", encoder_dir=tmp_path / "model")
+    again = build_encoder(
+        tuned, pool="auto", encoder_dir=tmp_path / "model", allow_noncommercial_weights=True
+    )
+    assert load_model(tmp_path / "model").info.licence == "cc-by-nc-4.0"  # serving goes on
     assert again.licence == "cc-by-nc-4.0"
     card = (tmp_path / "model/README.md").read_text(encoding="utf-8")
     assert 'license: "cc-by-nc-4.0"' in card

@@ -1,119 +1,26 @@
-"""Learning-rate schedules, layer-wise decay (against timm), the linear head's reference update."""
+"""Layer-wise decay (against timm), optimizers, clipping, the linear head's reference update."""
 
-import math
 import re
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim._param_groups import param_groups_layer_decay
-from torch import nn
+from timm.optim.lars import Lars
+from torch import Tensor, nn
 
 from ctune.optim import (
-    cosine_decay_lr,
-    half_cycle_cosine_lr,
+    LARS,
+    clip_gradients_per_tensor,
     layer_decay_param_groups,
     layer_decay_scales,
-    linear_head_sgd,
-    warmup_cosine_decay_lr,
+    layer_lr_scale,
+    make_optimizer,
+    trainable_parameter_mask,
+    weight_decay_names,
 )
-
-
-def test_cosine_decay_runs_from_base_to_the_cube_of_the_rate() -> None:
-    lrs = [cosine_decay_lr(e, base_lr=0.5, epochs=10, lr_decay_rate=0.2) for e in range(11)]
-    assert lrs[0] == 0.5
-    assert lrs[10] == pytest.approx(0.5 * 0.2**3)
-    assert lrs[5] == pytest.approx((lrs[0] + lrs[10]) / 2)
-    assert all(later < earlier for earlier, later in pairwise(lrs))
-
-
-def test_half_cycle_is_linear_then_half_a_cosine() -> None:
-    def lr(t: float) -> float:
-        return half_cycle_cosine_lr(t, base_lr=2e-3, min_lr=1e-6, epochs=100, warmup_epochs=5)
-
-    assert [lr(0), lr(2.5), lr(5)] == pytest.approx([0, 1e-3, 2e-3])
-    assert lr(100) == pytest.approx(1e-6)
-    assert lr(52.5) == pytest.approx((2e-3 + 1e-6) / 2)
-
-
-def test_half_cycle_without_warm_up_starts_at_the_base() -> None:
-    assert half_cycle_cosine_lr(0, base_lr=1.0, min_lr=0, epochs=3, warmup_epochs=0) == 1.0
-
-
-def test_warm_up_by_step_reaches_the_cosine_and_then_changes_once_per_epoch() -> None:
-    lrs = [
-        warmup_cosine_decay_lr(
-            step, steps_per_epoch=4, base_lr=0.1, epochs=5, lr_decay_rate=0.1, warmup_epochs=2
-        )
-        for step in range(20)
-    ]
-    at_two = cosine_decay_lr(2, base_lr=0.1, epochs=5, lr_decay_rate=0.1)
-    assert lrs[:9] == pytest.approx([at_two * step / 8 for step in range(9)])
-    assert lrs[8:12] == [at_two] * 4
-    assert lrs[16] == lrs[19] == cosine_decay_lr(4, base_lr=0.1, epochs=5, lr_decay_rate=0.1)
-
-
-def test_no_warm_up_is_the_plain_cosine() -> None:
-    for step in range(12):
-        lr = warmup_cosine_decay_lr(
-            step, steps_per_epoch=3, base_lr=0.1, epochs=4, lr_decay_rate=0.1
-        )
-        assert lr == cosine_decay_lr(step // 3, base_lr=0.1, epochs=4, lr_decay_rate=0.1)
-
-
-@pytest.mark.parametrize(
-    ("epoch", "changes", "message"),
-    [
-        (-1, {}, "the epoch is -1"),
-        (11, {}, "the epoch is 11; it must be in [0, 10]"),
-        (math.nan, {}, "the epoch is nan"),
-        (0, {"epochs": 0}, "epochs is 0"),
-        (0, {"base_lr": 0.0}, "base_lr is 0.0"),
-        (0, {"lr_decay_rate": 1.5}, "lr_decay_rate is 1.5"),
-    ],
-)
-def test_cosine_decay_refuses(epoch: float, changes: dict[str, Any], message: str) -> None:
-    options = {"base_lr": 0.1, "epochs": 10, "lr_decay_rate": 0.1, **changes}
-    with pytest.raises(ValueError, match=re.escape(message)):
-        cosine_decay_lr(epoch, **options)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"warmup_epochs": 10}, "warmup_epochs is 10; it must be in [0, 10)"),
-        ({"warmup_epochs": -1}, "warmup_epochs is -1"),
-        ({"min_lr": 0.2}, "min_lr is 0.2"),
-        ({"epoch_float": 10.5}, "the epoch is 10.5"),
-    ],
-)
-def test_half_cycle_refuses(changes: dict[str, Any], message: str) -> None:
-    options = {
-        "epoch_float": 1.0, "base_lr": 0.1, "min_lr": 0.0, "epochs": 10, "warmup_epochs": 2,
-        **changes,
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=re.escape(message)):
-        half_cycle_cosine_lr(**options)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"step": -1}, "step is -1"),
-        ({"step": 21}, "the epoch is 7"),
-        ({"steps_per_epoch": 0}, "steps_per_epoch is 0"),
-        ({"warmup_epochs": 6}, "warmup_epochs is 6"),
-    ],
-)
-def test_warm_up_by_step_refuses(changes: dict[str, Any], message: str) -> None:
-    options = {
-        "step": 0, "steps_per_epoch": 3, "base_lr": 0.1, "epochs": 6, "lr_decay_rate": 0.1,
-        "warmup_epochs": 2, **changes,
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=re.escape(message)):
-        warmup_cosine_decay_lr(**options)
 
 
 def vit(**options: Any) -> VisionTransformer:
@@ -213,32 +120,149 @@ def test_groups_refuse_a_frozen_model() -> None:
         )
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_linear_head_reference_is_torch_sgd(weight_decay: float) -> None:
-    torch.manual_seed(0)
-    x, y = torch.randn(7, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2, 2])
-    head = nn.Linear(4, 3, dtype=torch.float64)
-    state = linear_head_sgd(
-        x, y, head.weight, head.bias,
-        lr=0.3, momentum=0.9, weight_decay=weight_decay, num_steps=5,
-    )  # fmt: skip
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.3, momentum=0.9, weight_decay=weight_decay)
-    losses = []
-    for _ in range(5):
-        loss = nn.functional.cross_entropy(head(x), y)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+def test_rules_for_names_agree_with_the_groups() -> None:
+    model = vit()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    names = weight_decay_names(shapes, no_weight_decay=model.no_weight_decay())
+    scales = layer_decay_scales(
+        shapes,
+        dict.fromkeys(shapes, True),
+        num_blocks=3,
+        layer_decay=0.5,
+        weight_decay=0.1,
+        no_weight_decay=model.no_weight_decay(),
+    )
+    assert names.decayed == sorted(n for n in shapes if scales[n]["weight_decay"])
+    assert names.undecayed == sorted(n for n in shapes if not scales[n]["weight_decay"])
+    for name, scale in scales.items():
+        assert scale["lr_scale"] == layer_lr_scale(name, num_blocks=3, layer_decay=0.5)
+
+
+def test_tokens_are_decayed_unless_listed_and_biases_never() -> None:
+    shapes = {"cls_token": (1, 1, 4), "scores.bias": (3, 3), "norm.weight": (4,), "gain": ()}
+    assert weight_decay_names(shapes) == (["cls_token"], ["gain", "norm.weight", "scores.bias"])
+    assert weight_decay_names(shapes, no_weight_decay=["cls_token"]).decayed == []
+
+
+def test_frozen_blocks_and_what_stays_trainable() -> None:
+    names = [
+        "pos_embed",
+        "cls_token",
+        "patch_embed.proj.weight",
+        "blocks.0.x",
+        "blocks.1.x",
+        "norm.x",
+    ]
+
+    def trained(frozen: int) -> list[bool]:
+        return trainable_parameter_mask(names, num_blocks=2, num_frozen_blocks=frozen)
+
+    assert trained(0) == [False, True, True, True, True, True]
+    assert trained(1) == [False, False, False, False, True, True]
+    assert trained(2) == [False, False, False, False, False, True]
+    with pytest.raises(ValueError, match=re.escape("num_frozen_blocks is 3; it must be in [0, 2]")):
+        trained(3)
+
+
+def steps(
+    build: Callable[[list[nn.Parameter]], torch.optim.Optimizer], count: int = 3
+) -> list[Tensor]:
+    """Return a matrix and a vector after some steps of one optimizer on fixed gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 4), (4,))
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    optimizer = build(parameters)
+    for _ in range(count):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step()
-        losses.append(loss.item())
-    torch.testing.assert_close(state.weight, head.weight.detach())
-    torch.testing.assert_close(state.bias, head.bias.detach())
-    assert state.losses == pytest.approx(losses)
-    assert not state.weight.requires_grad
+    return [parameter.detach() for parameter in parameters]
 
 
-def test_linear_head_reference_refuses() -> None:
-    with pytest.raises(ValueError, match="momentum 1"):
-        linear_head_sgd(
-            torch.ones(2, 2), torch.tensor([0, 1]), torch.ones(2, 2), torch.ones(2),
-            lr=0.1, momentum=1.0, weight_decay=0.0, num_steps=1,
-        )  # fmt: skip
+def test_lars_is_that_of_timm_where_nothing_is_decayed() -> None:
+    """Without decay the two differ only in timm's scaling of vectors, which groups switch off."""
+    ours = steps(lambda p: LARS(p, 2.0, momentum=0.9))
+
+    def timm(p: list[nn.Parameter]) -> torch.optim.Optimizer:
+        groups = [{"params": [p[0]], "always_adapt": True}, {"params": [p[1]]}]
+        return Lars(groups, lr=2.0, momentum=0.9)
+
+    for mine, theirs in zip(ours, steps(timm), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_lars_decays_before_it_measures_the_gradient() -> None:
+    weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    weight.grad = torch.tensor([[0.0, 1.0]])
+    group = {"params": [weight], "weight_decay": 1.0}
+    LARS([group], lr=1.0, trust_coefficient=0.1).step()
+    decayed = torch.tensor([[3.0, 5.0]])
+    step = decayed * 0.1 * 5 / decayed.norm()
+    assert torch.allclose(weight.detach(), torch.tensor([[3.0, 4.0]]) - step)
+
+
+def test_lars_takes_a_zero_weight_or_gradient_as_it_is() -> None:
+    zero, unmoved = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.ones(2, 2))
+    zero.grad, unmoved.grad = torch.ones(2, 2), torch.zeros(2, 2)
+    without = nn.Parameter(torch.ones(2, 2))
+    LARS([zero, unmoved, without], lr=0.5).step()
+    assert zero.tolist() == [[-0.5, -0.5], [-0.5, -0.5]]
+    assert unmoved.tolist() == without.tolist() == [[1, 1], [1, 1]]
+
+
+def test_lars_refuses() -> None:
+    with pytest.raises(ValueError, match=re.escape("momentum 1.0")):
+        LARS([nn.Parameter(torch.ones(1))], 0.1, momentum=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "theirs"),
+    [
+        ("sgd", {}, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+        (
+            "sgd",
+            {"nesterov": True, "momentum": 0.5},
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5, nesterov=True),
+        ),
+        ("adam", {}, lambda p: torch.optim.Adam(p, lr=0.1)),
+        (
+            "adamw",
+            {"betas": (0.9, 0.95), "eps": 1e-6},
+            lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0),
+        ),
+        ("lars", {}, lambda p: LARS(p, 0.1)),
+    ],
+)
+def test_make_optimizer(name: Any, options: dict[str, Any], theirs: Any) -> None:
+    ours = steps(lambda p: make_optimizer(name, p, lr=0.1, **options))
+    for mine, wanted in zip(ours, steps(theirs), strict=True):
+        torch.testing.assert_close(mine, wanted)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars"])
+def test_weight_decay_is_that_of_the_group(name: Any) -> None:
+    plain, decayed = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    groups: list[dict[str, Any]] = [
+        {"params": [plain]},
+        {"params": [decayed], "weight_decay": 0.1},
+    ]
+    optimizer = make_optimizer(name, groups, lr=0.1)
+    plain.grad, decayed.grad = torch.zeros(2, 2), torch.zeros(2, 2)
+    optimizer.step()
+    assert (plain == 1).all() and (decayed < 1).all()
+
+
+def test_make_optimizer_refuses_an_unknown_name() -> None:
+    with pytest.raises(ValueError, match="the optimizer is 'lamb'"):
+        make_optimizer("lamb", [nn.Parameter(torch.ones(1))], lr=0.1)  # type: ignore[arg-type]
+
+
+def test_each_gradient_is_clipped_by_itself() -> None:
+    small, large = torch.tensor([0.3, 0.4]), torch.tensor([3.0, 4.0])
+    norms = clip_gradients_per_tensor([small, large], max_norm=1.0)
+    assert [float(norm) for norm in norms] == pytest.approx([0.5, 5.0])
+    assert small.tolist() == pytest.approx([0.3, 0.4])
+    assert large.tolist() == pytest.approx([0.6, 0.8])
+    assert clip_gradients_per_tensor([], max_norm=1.0) == []
+    with pytest.raises(ValueError, match="max_norm is 0"):
+        clip_gradients_per_tensor([small], max_norm=0.0)

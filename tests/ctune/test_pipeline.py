@@ -29,9 +29,12 @@ from ctune.events import (
     Warned,
     read_events,
 )
+from ctune.figures_file import read_figures
 from ctune.rundir import RunDir
 from ctune.store import PackedStore
-from tests.squares import tiny_config
+from tests.squares import CLASSES, tiny_config
+
+TENSORS = "tensors.safetensors"
 
 
 def prepare(
@@ -43,10 +46,10 @@ def prepare(
     return run_dir
 
 
-def start(run_dir: RunDir) -> subprocess.Popen[bytes]:
+def start(run_dir: RunDir, module: str = "ctune.run") -> subprocess.Popen[bytes]:
     with run_dir.log.open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "ctune.run", str(run_dir.root)],
+            [sys.executable, "-m", module, str(run_dir.root)],
             stdout=log,
             stderr=log,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -57,8 +60,8 @@ def events(run_dir: RunDir) -> list[EventBase]:
     return [event for event, _ in read_events(run_dir.events)]
 
 
-def finish(run_dir: RunDir) -> Finished:
-    assert start(run_dir).wait(120) == 0, run_dir.log.read_text()
+def finish(run_dir: RunDir, module: str = "ctune.run") -> Finished:
+    assert start(run_dir, module).wait(120) == 0, run_dir.log.read_text()
     last = events(run_dir)[-1]
     assert isinstance(last, Finished)
     return last
@@ -84,13 +87,15 @@ def saved(stage: str, step: int) -> Callable[[EventBase], bool]:
     )
 
 
-def series(*run_dirs: RunDir) -> dict[tuple[str, int], float | None]:
-    """Return (stage, step) -> loss over the attempts; a later attempt overwrites."""
+def series(*run_dirs: RunDir) -> dict[tuple[str, str, int], float | None]:
+    """Return (stage, name, step) -> value over the attempts; a later attempt overwrites."""
     return {
-        (event.stage, event.step): event.values["loss"]
+        (event.stage, name, event.step): value
         for run_dir in run_dirs
         for event in events(run_dir)
         if isinstance(event, Metrics)
+        for name, value in event.values.items()
+        if name not in ("images_per_s", "data_wait")
     }
 
 
@@ -101,7 +106,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, store: Path) -> tupl
 
 
 def assert_same_outcome(reference: tuple[RunDir, Finished], *attempts: RunDir) -> None:
-    """The last attempt ends like the uninterrupted run, bit for bit."""
+    """The last attempt ends like the uninterrupted run, bit for bit, pictures included."""
     run_dir, finished = reference
     result = finish(attempts[-1]).result
     assert result["evaluation"] == finished.result["evaluation"]
@@ -110,6 +115,7 @@ def assert_same_outcome(reference: tuple[RunDir, Finished], *attempts: RunDir) -
     assert expected.keys() == tensors.keys()
     assert all(torch.equal(expected[name], tensors[name]) for name in expected)
     assert series(*attempts) == series(run_dir)
+    assert attempts[-1].figures.read_bytes() == run_dir.figures.read_bytes()
 
 
 def test_result_and_events(uninterrupted: tuple[RunDir, Finished]) -> None:
@@ -122,12 +128,76 @@ def test_result_and_events(uninterrupted: tuple[RunDir, Finished]) -> None:
     told = events(run_dir)
     assert [event.seq for event in told] == list(range(len(told)))
     assert [e.when for e in told if isinstance(e, Evaluated)] == ["before", "after"]
-    assert {stage for stage, _ in series(run_dir)} == {"contrastive", "probe"}
+    assert {stage for stage, name, _ in series(run_dir) if name == "loss"} == {
+        "contrastive",
+        "probe",
+    }
     # 48 images, batches of 12, 2 views, 3 epochs; the probe sees each image once, cached.
     assert finished.result["image_passes"] == 48 * 2 * 3 + 48
     assert not run_dir.cache.exists()
+    check_figures(run_dir)
     warned = {event.code for event in told if isinstance(event, Warned)}
     assert "encoder_from_scratch" in warned
+
+
+def check_figures(run_dir: RunDir) -> None:
+    """The pictures of a run on 18 held-out squares of three colours."""
+    found = read_figures(run_dir.figures)
+    assert found is not None and found.before is not None and found.after is not None
+    assert found.classes == dict(enumerate(CLASSES))
+    for figures in (found.before, found.after):
+        assert figures.cosines is not None and sum(figures.cosines.intra) == 3 * 15
+        assert {one.num_images for one in figures.predictions.values()} == {18}
+        assert [len(plane.points) for plane in figures.maps] == [18]
+        numbers = {query.image for query in figures.gallery}
+        numbers |= {near.image for query in figures.gallery for near in query.neighbours}
+        assert numbers <= found.thumbnails.keys()
+    assert set(found.before.predictions) == {"linear_probe"}
+    assert set(found.after.predictions) == {"linear_probe", "classifier"}
+
+
+def test_it_looks_at_the_encoder_and_keeps_the_best_checkpoint(
+    uninterrupted: tuple[RunDir, Finished],
+) -> None:
+    run_dir, finished = uninterrupted
+    seen = {
+        (stage, step): value
+        for (stage, name, step), value in series(run_dir).items()
+        if name == "online_knn_top1" and value is not None
+    }
+    assert set(seen) == {("contrastive", step) for step in range(13)}, "the probe changes nothing"
+    best = max(seen, key=lambda at: (seen[at], -at[1]))[1]
+    last = [event for event in events(run_dir) if isinstance(event, CheckpointSaved)][-1]
+    assert last.best == [f"contrastive-{best:08d}"]
+    assert set(last.best) <= set(last.kept)
+    assert (run_dir.checkpoints / last.best[0]).is_dir()
+    assert finished.result["selected"] == {}, "the last weights are handed on unless asked"
+
+
+def test_the_best_weights_are_handed_on_where_asked(tmp_path: Path, store: Path) -> None:
+    config = tiny_config(evaluation={"knn_k": 5, "online": {"select": "best"}})
+    # Fine at first; then the rate rises until the weights are ruined.
+    config["method"]["contrastive"] |= {
+        "lr": 3.0,
+        "epochs": 6,
+        "warmup_epochs": 5,
+        "optimizer": "sgd",
+        "momentum": 0.0,
+    }
+    first = prepare(tmp_path / "a1", store, config)
+    end_when(first, saved("probe", 2), signal.SIGKILL)
+    second = prepare(tmp_path / "a2", store, config, (first.root,))
+    selected = finish(second).result["selected"]
+    seen = {
+        step: value
+        for (_, name, step), value in series(first, second).items()
+        if name == "online_knn_top1" and value is not None
+    }
+    assert selected == {"contrastive": max(seen, key=lambda step: (seen[step], -step))}
+    best = load_file(first.checkpoints / f"contrastive-{selected['contrastive']:08d}" / TENSORS)
+    exported = load_file(second.model / "model.safetensors")
+    weight = "blocks.0.attn.qkv.weight"
+    assert torch.equal(best[f"/modules/encoder.backbone.{weight}"], exported[weight])
 
 
 def test_plain_timm_gives_the_same_vectors(

@@ -65,6 +65,19 @@ def test_mean_without_prefix() -> None:
 
 
 @pytest.mark.parametrize(
+    ("pool", "expected"),
+    [
+        ("mean_all", TOKENS.mean(1)),
+        ("cls_mean", (TOKENS[:, 0] + TOKENS[:, 2:].mean(1)) / 2),
+        ("cls_concat_mean", torch.cat([TOKENS[:, 0], TOKENS[:, 2:].mean(1)], 1)),
+    ],
+)
+def test_poolings_of_normalised_tokens(pool: Any, expected: Tensor) -> None:
+    """With a class token and a register."""
+    torch.testing.assert_close(pool_tokens(TOKENS, pool=pool, num_prefix_tokens=2), expected)
+
+
+@pytest.mark.parametrize(
     ("tokens", "options", "message"),
     [
         (TOKENS[0], {"pool": "mean"}, "must be [B, T, D]"),
@@ -72,6 +85,9 @@ def test_mean_without_prefix() -> None:
         (TOKENS, {"pool": "mean", "num_prefix_tokens": -1}, "num_prefix_tokens is -1"),
         (TOKENS, {"pool": "cls", "num_prefix_tokens": 0}, "needs pool='mean'"),
         (TOKENS, {"pool": "max"}, "pool is 'max'"),
+        (TOKENS, {"pool": "cls_mean", "num_prefix_tokens": 0}, "needs pool='mean'"),
+        (TOKENS, {"pool": "cls_concat_mean", "num_prefix_tokens": 5}, "leaves no patch token"),
+        (TOKENS, {"pool": "mean_all", "norm_weight": WEIGHT, "norm_bias": BIAS}, "give no norm"),
         (TOKENS, {"pool": "cls", "norm_weight": WEIGHT}, "both be given"),
         (TOKENS, {"pool": "cls", "norm_weight": WEIGHT[:3], "norm_bias": BIAS}, "need [4]"),
     ],

@@ -1,4 +1,4 @@
-"""Contract of the samplers: sizes, distinctness, coverage, shares of replicas, reproducibility."""
+"""Contract of the samplers: sizes, distinctness, coverage, reproducibility."""
 
 import math
 import re
@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from ctune.distributed import World
 from ctune.samplers import (
     ClassBalancedBatchSampler,
     EpochBatches,
@@ -93,37 +94,29 @@ def test_classes_are_drawn_uniformly() -> None:
 @pytest.mark.parametrize(
     "build",
     [
-        lambda rank, world, seed: ClassBalancedBatchSampler(
-            [i % 7 for i in range(50)], 4, 3, seed=seed, num_replicas=world, rank=rank
-        ),
-        lambda rank, world, seed: RandomBatchSampler(
-            50, 12, seed=seed, num_replicas=world, rank=rank
-        ),
+        lambda seed: ClassBalancedBatchSampler([i % 7 for i in range(50)], 4, 3, seed=seed),
+        lambda seed: RandomBatchSampler(50, 12, seed=seed),
     ],
 )
-def test_pure_function_of_seed_and_epoch_shared_by_replicas(build: Any) -> None:
-    whole: EpochBatches = build(0, 1, 3)
+def test_pure_function_of_seed_and_epoch(build: Any) -> None:
+    whole: EpochBatches = build(3)
     expected = [batch.tolist() for batch in whole.batches(2)]
     whole.batches(5)
     assert [batch.tolist() for batch in whole.batches(2)] == expected
     assert [batch.tolist() for batch in whole.batches(1)] != expected
-    assert [batch.tolist() for batch in build(0, 1, 4).batches(2)] != expected
-    shares = [build(rank, 2, 3).batches(2) for rank in range(2)]
-    joined = [np.concatenate(parts).tolist() for parts in zip(*shares, strict=True)]
-    assert joined == expected
+    assert [batch.tolist() for batch in build(4).batches(2)] != expected
     assert len(whole) == len(expected)
     whole.set_epoch(2)
     assert list(whole) == list(whole) == expected
     assert all(type(i) is int for batch in whole for i in batch)
 
 
-def test_a_class_stays_on_one_replica() -> None:
+def test_a_share_of_a_batch_holds_whole_classes() -> None:
     labels = [i % 6 for i in range(60)]
-    for rank in range(2):
-        sampler = ClassBalancedBatchSampler(labels, 4, 3, num_replicas=2, rank=rank)
-        for batch in sampler.batches(0):
-            drawn = Counter(labels[i] for i in batch.tolist())
-            assert sorted(drawn.values()) == [3, 3]
+    for batch in ClassBalancedBatchSampler(labels, 4, 3).batches(0):
+        for rank in range(2):
+            share = batch[World(rank, 2).share(len(batch))]
+            assert sorted(Counter(labels[i] for i in share.tolist()).values()) == [3, 3]
 
 
 def test_serves_as_batch_sampler_of_a_loader() -> None:
@@ -161,8 +154,6 @@ def test_random_contract(N: int, B: int, drop_last: bool, seed: int) -> None:
         ([0, 0, 1], (0, 2), {}, "classes_per_batch is 0"),
         ([0, 0, 1], (2, 0), {}, "samples_per_class is 0"),
         ([0, 0, 1], (2, 2), {"batches_per_epoch": 0}, "batches_per_epoch is 0"),
-        ([0, 0, 1], (2, 2), {"num_replicas": 3}, "does not divide by num_replicas 3"),
-        ([0, 0, 1], (2, 2), {"num_replicas": 2, "rank": 2}, "rank is 2"),
         ([0.0, 1.0], (1, 1), {}, "dtype float64"),
         ([[0, 1]], (1, 1), {}, "shape (1, 2)"),
         ([], (1, 1), {}, "shape (0,)"),
@@ -181,9 +172,6 @@ def test_balanced_refuses(
         ((0, 2), {"drop_last": False}, "nothing to sample"),
         ((5, 6), {}, "5 items make no batch of 6"),
         ((5, 0), {}, "the batch size is 0"),
-        ((5, 4), {"num_replicas": 2, "drop_last": False}, "drop_last is off"),
-        ((5, 3), {"num_replicas": 2}, "does not divide"),
-        ((5, 3), {"rank": -1}, "rank is -1"),
     ],
 )
 def test_random_refuses(args: tuple[int, int], options: dict[str, Any], message: str) -> None:

@@ -123,11 +123,44 @@ def test_accumulation_steps_on_the_short_last_group_with_the_mean_of_its_losses(
     assert saves == [2]
 
 
+def test_an_epoch_goes_on_where_its_accumulated_batches_ended() -> None:
+    stages = [make_stage(accumulate_steps=2, epochs=2) for _ in range(2)]
+    run(stages[0])
+    run(stages[1], start_step=1)
+    whole, resumed = (stage.method for stage in stages)
+    assert isinstance(whole, Regression) and isinstance(resumed, Regression)
+    assert resumed.seen == whole.seen[2:]
+    assert resumed.draws == whole.draws[2:]
+
+
 def test_clipping_limits_the_step() -> None:
     free, clipped = make_stage(epochs=1), make_stage(epochs=1, clip_grad_norm=1e-3)
     run(free)
     run(clipped)
     assert float((1 - weight(clipped)).abs()) < 1e-4 < float((1 - weight(free)).abs())
+
+
+def test_clipping_per_tensor_tells_the_norm_before() -> None:
+    free, clipped = make_stage(epochs=1), make_stage(epochs=1, clip_tensor_norm=1e-3)
+    norms = [
+        [event.values["grad_norm"] for event in run(stage) if isinstance(event, Metrics)]
+        for stage in (free, clipped)
+    ]
+    assert norms[0][0] == norms[1][0]
+    lrs = [1e-3 * n for n in range(1, 4)]
+    assert float(weight(clipped)) == pytest.approx(1 - 1e-3 * sum(lrs), abs=1e-6)
+
+
+def test_weight_decay_follows_its_schedule_where_a_group_is_decayed() -> None:
+    method = Regression()
+    other = nn.Parameter(torch.ones(1))
+    groups = [
+        {"params": list(method.parameters()), "decayed": True},
+        {"params": [other], "decayed": False},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    run(make_stage(method=method, optimizer=optimizer, weight_decay_at=lambda step: 0.1 * step))
+    assert [g["weight_decay"] for g in optimizer.param_groups] == pytest.approx([0.5, 0.0])
 
 
 def test_randomness_depends_on_the_step_alone() -> None:
