@@ -1,10 +1,6 @@
 """From a conformance case to a call and back. An adapter renames, reshapes and picks; no maths."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from ctune.evaluate.accuracy import topk_accuracy
 from ctune.evaluate.isotropy import (
@@ -21,39 +17,16 @@ from ctune.losses.contrastive import (
     supervised_contrastive_loss_sharded,
 )
 from ctune.losses.n_pair import n_pair_loss
-from ctune.optim import (
-    cosine_decay_lr,
-    half_cycle_cosine_lr,
-    layer_decay_scales,
-    linear_head_sgd,
-)
 from ctune.pooling import pool_tokens
 from ctune.samplers import ClassBalancedBatchSampler, expected_cross_image_positive_fraction
-
-Case = dict[str, Any]
-Adapter = Callable[[Case, Case], Case]
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
-def tensors(inputs: Case, parameters: Case, *names: str) -> list[Tensor]:
-    """The named inputs as floating tensors, float64 unless the case says float32."""
-    dtype = DTYPES[parameters.get("dtype", "float64")]
-    return [torch.tensor(inputs[name], dtype=dtype) for name in names]
-
-
-def integers(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def options(parameters: Case, *leave_out: str) -> Case:
-    """The parameters that are keyword arguments of the function."""
-    return {name: v for name, v in parameters.items() if name not in ("dtype", *leave_out)}
-
-
-def loss_and_gradient(loss: Tensor, leaf: Tensor, name: str) -> Case:
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    return {"loss": loss.item(), name: gradient.tolist()}
+from tests.conformance import (
+    adapters_evaluation,
+    adapters_mae,
+    adapters_nnclr,
+    adapters_optim,
+    adapters_views,
+)
+from tests.conformance.convert import Adapter, Case, integers, loss_and_gradient, options, tensors
 
 
 def _supervised_contrastive_loss(inputs: Case, parameters: Case) -> Case:
@@ -72,6 +45,17 @@ def _nt_xent_loss(inputs: Case, parameters: Case) -> Case:
     (features,) = tensors(inputs, parameters, "features")
     loss = nt_xent_loss(features.requires_grad_(), **options(parameters))
     return loss_and_gradient(loss, features, "grad_features")
+
+
+def _nt_xent_loss_of_pairs(inputs: Case, parameters: Case) -> Case:
+    views = [z.requires_grad_() for z in tensors(inputs, parameters, "z0", "z1")]
+    loss = nt_xent_loss(torch.stack(views, dim=1), normalize=True, **options(parameters))
+    gradients = torch.autograd.grad(loss, views)
+    return {
+        "loss": loss.item(),
+        "grad_z0": gradients[0].tolist(),
+        "grad_z1": gradients[1].tolist(),
+    }
 
 
 def _supervised_contrastive_loss_sharded(inputs: Case, parameters: Case) -> Case:
@@ -126,21 +110,6 @@ def _pool_tokens(inputs: Case, parameters: Case) -> Case:
     return {"features": pool_tokens(*given, **options(parameters)).tolist()}
 
 
-def _cosine_decay_lr(inputs: Case, parameters: Case) -> Case:
-    return {"lr": [cosine_decay_lr(e, **options(parameters)) for e in inputs["epochs_at"]]}
-
-
-def _half_cycle_cosine_lr(inputs: Case, parameters: Case) -> Case:
-    return {"lr": [half_cycle_cosine_lr(e, **options(parameters)) for e in inputs["epochs_at"]]}
-
-
-def _layer_decay_scales(inputs: Case, parameters: Case) -> Case:
-    scales = layer_decay_scales(
-        inputs["named_shapes"], inputs["requires_grad"], **options(parameters)
-    )
-    return {name: dict(scale) for name, scale in scales.items()}
-
-
 def _topk_accuracy(inputs: Case, parameters: Case) -> Case:
     (logits,) = tensors(inputs, parameters, "logits")
     fractions = topk_accuracy(logits, integers(inputs["targets"]), parameters["topk"])
@@ -165,18 +134,6 @@ def _class_cosine_similarity(inputs: Case, parameters: Case) -> Case:
     (features,) = tensors(inputs, parameters, "features")
     result = class_cosine_similarity(features, integers(inputs["labels"]), **options(parameters))
     return dict(result)
-
-
-def _linear_head_sgd(inputs: Case, parameters: Case) -> Case:
-    features, weight, bias = tensors(inputs, parameters, "features", "weight", "bias")
-    state = linear_head_sgd(
-        features, integers(inputs["labels"]), weight, bias, **options(parameters)
-    )
-    return {
-        "weight": state.weight.tolist(),
-        "bias": state.bias.tolist(),
-        "losses": state.losses,
-    }
 
 
 def _expected_cross_image_positive_fraction(inputs: Case, parameters: Case) -> Case:
@@ -223,20 +180,22 @@ def _class_balanced_batch_sampler(inputs: Case, parameters: Case) -> Case:
 ADAPTERS: dict[tuple[str, str], Adapter] = {
     ("lacvit", "supervised_contrastive_loss"): _supervised_contrastive_loss,
     ("lacvit", "nt_xent_loss"): _nt_xent_loss,
+    ("transformer_head", "nt_xent_loss"): _nt_xent_loss_of_pairs,
     ("lacvit", "supervised_contrastive_loss_sharded"): _supervised_contrastive_loss_sharded,
     ("lacvit", "n_pair_loss"): _n_pair_loss,
     ("lacvit", "simplex_supcon_loss"): _simplex_supcon_loss,
     ("lacvit", "ProjectionHead"): _projection_head,
     ("lacvit", "pool_tokens"): _pool_tokens,
-    ("lacvit", "cosine_decay_lr"): _cosine_decay_lr,
-    ("lacvit", "half_cycle_cosine_lr"): _half_cycle_cosine_lr,
-    ("lacvit", "layer_decay_scales"): _layer_decay_scales,
     ("lacvit", "topk_accuracy"): _topk_accuracy,
     ("lacvit", "partition_isotropy"): _partition_isotropy,
     ("lacvit", "mean_cosine_similarity"): _mean_cosine_similarity,
     ("lacvit", "isoscore"): _isoscore,
     ("lacvit", "class_cosine_similarity"): _class_cosine_similarity,
-    ("lacvit", "linear_head_sgd"): _linear_head_sgd,
     ("lacvit", "expected_cross_image_positive_fraction"): _expected_cross_image_positive_fraction,
     ("lacvit", "ClassBalancedBatchSampler"): _class_balanced_batch_sampler,
+    **adapters_evaluation.ADAPTERS,
+    **adapters_mae.ADAPTERS,
+    **adapters_nnclr.ADAPTERS,
+    **adapters_optim.ADAPTERS,
+    **adapters_views.ADAPTERS,
 }
