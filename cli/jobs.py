@@ -1,4 +1,4 @@
-"""`ctune jobs`: create, watch, list, show, cancel."""
+"""`ctune jobs`: create, estimate, watch, list, show, cancel, stop, pause, resume."""
 
 import json
 import sys
@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from cli.comparisons import report_rows, show_comparison
+from cli.estimates import show_estimate
 from cli.output import (
     URL,
     AsJson,
@@ -53,6 +55,26 @@ def create(
 
 
 @cli.command()
+def estimate(
+    body: Annotated[Path, typer.Argument(help="JSON file with the job; - for standard input.")],
+    dataset: Annotated[str | None, typer.Option(help="ds_…, instead of the file's.")] = None,
+    wait_s: Annotated[float, typer.Option(min=0, help="Wait so long for a measurement.")] = 60.0,
+    url: Url = URL,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a job would take, without starting it. Fails when it could not run."""
+    job = _read(body) | ({"dataset": dataset} if dataset is not None else {})
+    with Client(url) as client:
+        found = client.jobs.estimate(job, wait_s=wait_s)
+    if as_json:
+        print_json(found)
+    else:
+        show_estimate(found)
+    if found["error"]:
+        raise typer.Exit(1)
+
+
+@cli.command()
 def watch(job: JobId, url: Url = URL, as_json: AsJson = False) -> None:
     """Follow a job to its end; with --json one line per event. Fails when the job fails."""
     with Client(url) as client:
@@ -84,9 +106,69 @@ def show(job: JobId, url: Url = URL, as_json: AsJson = False) -> None:
 
 @cli.command()
 def cancel(job: JobId, url: Url = URL, as_json: AsJson = False) -> None:
-    """Ask a job to stop."""
+    """Abort a job; nothing of it is kept but its checkpoints."""
     with Client(url) as client:
         _show(client.jobs.cancel(job), as_json)
+
+
+@cli.command()
+def stop(job: JobId, url: Url = URL, as_json: AsJson = False) -> None:
+    """Let a running job finish early: evaluate what is trained, and keep the model."""
+    with Client(url) as client:
+        _show(client.jobs.stop(job), as_json)
+
+
+@cli.command()
+def pause(job: JobId, url: Url = URL, as_json: AsJson = False) -> None:
+    """Keep a job from running; a running one makes a checkpoint first."""
+    with Client(url) as client:
+        _show(client.jobs.pause(job), as_json)
+
+
+@cli.command()
+def resume(job: JobId, url: Url = URL, as_json: AsJson = False) -> None:
+    """Queue a paused job again; it goes on from its last checkpoint."""
+    with Client(url) as client:
+        _show(client.jobs.resume(job), as_json)
+
+
+@cli.command()
+def report(
+    job: JobId,
+    html: Annotated[
+        Path | None, typer.Option(help="Write it as one page that loads nothing.")
+    ] = None,
+    url: Url = URL,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a job gained; with --html write the whole report into a file."""
+    with Client(url) as client:
+        if html is not None:
+            html.write_text(client.jobs.report_page(job), encoding="utf-8")
+            console.print(str(html), markup=False, highlight=False)
+            return
+        found = client.jobs.report(job)
+    if as_json:
+        print_json(found)
+        return
+    print_table(("score", "before", "after"), report_rows(found))
+    for warning in found["warnings"]:
+        console.print(f"warning: {warning['message']}", markup=False, highlight=False)
+
+
+@cli.command()
+def compare(
+    jobs: Annotated[list[str], typer.Argument(help="job_… job_… …", show_default=False)],
+    url: Url = URL,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the scores of 2 to 50 jobs."""
+    with Client(url) as client:
+        found = client.jobs.compare(jobs)
+    if as_json:
+        print_json(found)
+    else:
+        show_comparison(found)
 
 
 @cli.command()
@@ -129,6 +211,8 @@ def _follow(client: Client, job: str, as_json: bool) -> None:
 
 def _progress(event: ServerEvent) -> JsonObject:
     told = event.data.get("data") or {}
+    if event.kind == "status":  # queued, paused …, until a stage tells of itself
+        return {"description": told["status"]}
     if "fraction" not in told:
         return {}
     return {"completed": told["fraction"], "description": told.get("stage", "")}

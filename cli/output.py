@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ctune.client import DEFAULT_URL
@@ -34,7 +35,7 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """Print a table; what is missing is shown as a dash."""
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        table.add_row(*("-" if cell is None else str(cell) for cell in row))
+        table.add_row(*("-" if cell is None else escape(str(cell)) for cell in row))
     console.print(table)
 
 

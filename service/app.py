@@ -28,7 +28,7 @@ from service.db import (
 )
 from service.embeddings import routes as embeddings
 from service.errors import PROBLEM_DOCS, install_handlers
-from service.jobs import output_routes
+from service.jobs import estimate_routes, output_routes
 from service.jobs import routes as jobs
 from service.methods import routes as methods
 from service.middleware import LOOPBACK_NAMES, RequestGuard
@@ -47,8 +47,9 @@ ROUTERS = (
     datasets.router,
     image_routes.router,
     methods.router,
+    estimate_routes.router,
+    output_routes.router,  # before `/jobs/{job_id}`: it has /jobs/compare
     jobs.router,
-    output_routes.router,
     models.router,
     embeddings.router,
     health.router,

@@ -146,6 +146,7 @@ def _said(error: Any, name: str, owner: type[BaseModel] | None = None) -> str:
     if kind in ("model_attributes_type", "model_type", "dict_type"):
         return f"{name} is {show(error['input'])}; it should be a JSON object."
     wanted = message.partition("should ")[2].partition(", unable to")[0]
+    wanted = wanted.replace(" after validation", "")
     if wanted:
         return f"{name} is {show(error['input'])}; it should {wanted}."
     return f"{name} is {show(error['input'])}: {message[0].lower()}{message[1:]}."

@@ -94,8 +94,13 @@ def _found(name: str, check: Callable[[], None], good: str) -> Finding:
     return Finding(name, True, good)
 
 
+def silent_after_s(settings: Settings) -> float:
+    """Return after how long without a sign of life a worker counts as gone."""
+    return max(SILENT_AFTER_S, 3 * settings.poll_s)
+
+
 def _workers(database: Database, settings: Settings) -> Finding:
-    limit_s = max(SILENT_AFTER_S, 3 * settings.poll_s)
+    limit_s = silent_after_s(settings)
     silence = now_s() - func.max(WorkerSeen.seen_at)
     try:
         with database.reading() as session:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 DISPATCH = "ctune.dispatch"
 QUEUE = "ctune"
-Kind = Literal["job", "dataset"]
+Kind = Literal["job", "dataset", "calibration"]
 MAX_WAITING = 1000
 SOCKET_TIMEOUT_S = 5
 CONNECT_TIMEOUT_S = 3

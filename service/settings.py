@@ -61,6 +61,11 @@ class Settings(BaseSettings):
     """Program that trains; gets the run directory as its last argument."""
     ingest_command: list[str] = [sys.executable, "-m", "ctune.ingest"]
     """Program that ingests; gets the run directory as its last argument."""
+    calibrate_command: list[str] = [sys.executable, "-m", "ctune.calibrate"]
+    """Program that measures for an estimate; gets the run directory as its last argument."""
+
+    allow_noncommercial_weights: bool = False
+    """Jobs may start from weights whose licence forbids commercial use, e.g. those of MAE."""
 
     max_pending_images: int = 512
     """Images that may wait in the embedding process before it answers 429."""

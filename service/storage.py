@@ -4,6 +4,7 @@ DATA_DIR/
     ctune.sqlite                 the embedded database
     uploads/<ds_id>              an archive; half-written ones end in `.part`
     runs/<ds_id>/a<attempt>/     run directory of an ingestion
+    calibrations/<cal_id>/a<attempt>/  run directory of a calibration
     stores/<content key>/        packed data sets, shared by data sets with equal bytes
     jobs/<job_id>/a<attempt>/    run directory of a training attempt
     models/<mdl_id>/             exported models
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from ctune.rundir import RunDir, fsync_directory
 
-FOLDERS = ("uploads", "runs", "stores", "jobs", "models")
+FOLDERS = ("uploads", "runs", "calibrations", "stores", "jobs", "models")
 
 
 class Storage:
@@ -46,6 +47,10 @@ class Storage:
     def ingest_run(self, dataset_id: str, attempt: int) -> RunDir:
         """Return the run directory of one ingestion attempt."""
         return RunDir(self.root / "runs" / dataset_id / f"a{attempt}")
+
+    def calibration_run(self, calibration_id: str, attempt: int) -> RunDir:
+        """Return the run directory of one attempt at a calibration."""
+        return RunDir(self.root / "calibrations" / calibration_id / f"a{attempt}")
 
     def job_run(self, job_id: str, attempt: int) -> RunDir:
         """Return the run directory of one training attempt."""

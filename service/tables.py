@@ -8,7 +8,17 @@ import secrets
 import time
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, String, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    UniqueConstraint,
+    false,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -53,6 +63,17 @@ class Claimable:
     """`{stage, step, total_steps, fraction, seconds_remaining}`."""
 
 
+class RunClaimable(Claimable):
+    """A claimable row that runs a config on a data set, on the device which the config asks for."""
+
+    dataset_id: Mapped[str] = mapped_column(String(40))
+    """No foreign key: the row outlives its data set."""
+    config: Mapped[dict[str, Any]]
+    """The resolved `ctune.config.RunConfig`."""
+    gpus: Mapped[int | None]
+    """GPUs it asks for; none: one where the worker has one."""
+
+
 class Dataset(Claimable, Base):
     """An uploaded archive and, once `ready`, the packed store made of it."""
 
@@ -76,7 +97,7 @@ class Dataset(Claimable, Base):
     report: Mapped[dict[str, Any] | None]
 
 
-class Job(Claimable, Base):
+class Job(RunClaimable, Base):
     """A run of one method on one data set; the row is the job, a broker message only a hint."""
 
     __tablename__ = "jobs"
@@ -86,18 +107,37 @@ class Job(Claimable, Base):
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
-    """`job_…`; status: queued, running, succeeded, failed, cancelled."""
+    """`job_…`; status: queued, running, paused, succeeded, failed, cancelled."""
     name: Mapped[str | None] = mapped_column(String(256))
-    dataset_id: Mapped[str] = mapped_column(String(40))
-    """No foreign key: a finished job outlives its data set."""
     metadata_: Mapped[dict[str, Any]] = mapped_column("metadata")
-    config: Mapped[dict[str, Any]]
-    """The resolved `ctune.config.RunConfig`."""
-    gpus: Mapped[int | None]
-    """GPUs the job asks for; none: one where the worker has one."""
     phase: Mapped[str | None] = mapped_column(String(32))
+    pause_requested_at: Mapped[float | None] = mapped_column(Float)
+    """None again once it was resumed."""
+    stop_requested_at: Mapped[float | None] = mapped_column(Float)
+    """The wish to finish early, with a model."""
+    newest_metrics: Mapped[dict[str, Any] | None]
+    """`{stage, points: {name: {step, value}}}`: the last point of each series of a stage."""
     result: Mapped[dict[str, Any] | None]
     model_id: Mapped[str | None] = mapped_column(String(40))
+
+
+class Calibration(RunClaimable, Base):
+    """A short measurement of a config on a worker, for `POST /jobs/estimate`."""
+
+    __tablename__ = "calibrations"
+    __table_args__ = (
+        Index("ix_calibrations_claim", "status", "priority", "id"),
+        Index("ix_calibrations_key", "key"),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    """`cal_…`; status: queued, running, ready, failed."""
+    key: Mapped[str] = mapped_column(String(64))
+    """`ctune.estimate.calibration_key`: runs that share it take equally long per step."""
+    worker_kind: Mapped[str | None] = mapped_column(String(256))
+    """Processor, cores and GPU of the worker that claimed it."""
+    result: Mapped[dict[str, Any] | None]
+    """`ctune.estimate.Measurement`."""
 
 
 class JobTransition(Base):
@@ -171,6 +211,8 @@ class Checkpoint(Base):
     path: Mapped[str] = mapped_column(String(256))
     """Below the data directory."""
     files: Mapped[dict[str, Any]]
+    best: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """Of its stage, by the k-NN accuracy of the looks during training."""
     created_at: Mapped[float] = mapped_column(Float)
 
 
@@ -202,4 +244,4 @@ class WorkerSeen(Base):
     id: Mapped[str] = mapped_column(String(128), primary_key=True)
     seen_at: Mapped[float] = mapped_column(Float)
     info: Mapped[dict[str, Any]]
-    """`{slots, gpus, version}`, for people."""
+    """`{slots, gpus, version, kind}`."""

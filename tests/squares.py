@@ -51,6 +51,17 @@ def tiny_config(method: str = "lacvit", **changes: Any) -> dict[str, Any]:
             "probe": {"epochs": 3, "batch_size": 16},
         },
         "linear_probe": {"probe": {"epochs": 3, "batch_size": 16}},
+        "simclr": {"epochs": 3, "batch_size": 12, "output_dim": 16},
+        "mae": {
+            "mae": {
+                "epochs": 3,
+                "batch_size": 12,
+                "decoder_embed_dim": 16,
+                "decoder_depth": 1,
+                "decoder_num_heads": 2,
+            }
+        },
+        "finetune": {"tune": {"epochs": 3, "batch_size": 12}},
     }
     return {
         "encoder": {

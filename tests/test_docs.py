@@ -1,4 +1,4 @@
-"""The argument tables in docs/methods/*.md are those of the configs; `make docs` writes them."""
+"""The argument tables in docs are those of the configs; `make docs` writes them."""
 
 import difflib
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ctune.config import EvaluationConfig
 from ctune.events import EVENT
 from ctune.methods import METHOD_CONFIGS
 from ctune.schema import JsonObject
@@ -27,18 +28,39 @@ def arguments_table(name: str) -> str:
     """Return the table of all arguments of a method, as Markdown."""
     config = METHOD_CONFIGS[name]
     schema = config.model_json_schema()
-    presets = [config.model_validate({"preset": p}).model_dump(mode="json") for p in presets_of()]
-    lines = ["| argument | values | `small` | `paper` | what it is |", "|---|---|---|---|---|"]
+    choices = choices_of(schema)
+    made = [config.model_validate(choice).model_dump(mode="json") for choice in choices]
+    columns = [f"`{' '.join(choice.values())}`" for choice in choices]
+    return table(schema, columns, made)
+
+
+def evaluation_table() -> str:
+    """Return the table of all fields of `evaluation`, as Markdown."""
+    made = EvaluationConfig().model_dump(mode="json")
+    return table(EvaluationConfig.model_json_schema(), ["default"], [made])
+
+
+def table(schema: JsonObject, columns: list[str], made: list[JsonObject]) -> str:
+    """Return a row per field: what it may be, its value in each of `made`, what it is."""
+    lines = [
+        "| " + " | ".join(["argument", "values", *columns, "what it is"]) + " |",
+        "|" + "---|" * (len(columns) + 3),
+    ]
     for path, field in walk(schema, schema["properties"], ()):
-        small, paper = (show(at(preset, path)) for preset in presets)
         words = " ".join(field.get("description", "").split())
-        cells = [f"`{'.'.join(path)}`", values(field), small, paper, words]
+        defaults = [default(values_of, path) for values_of in made]
+        cells = [f"`{'.'.join(path)}`", values(field), *defaults, words]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
-def presets_of() -> tuple[str, str]:
-    return ("small", "paper")
+def choices_of(schema: JsonObject) -> list[dict[str, str]]:
+    """Return what supplies defaults: the presets, for each recipe where a method has recipes."""
+    presets = [{"preset": "small"}, {"preset": "paper"}]
+    recipes = schema["properties"].get("recipe", {}).get("enum")
+    if recipes is None:
+        return presets
+    return [{"recipe": recipe} | preset for recipe in recipes for preset in presets]
 
 
 def walk(
@@ -46,9 +68,11 @@ def walk(
 ) -> Iterator[tuple[tuple[str, ...], JsonObject]]:
     """Yield (path, JSON schema) of every argument, those of blocks below them."""
     for key, field in properties.items():
-        if key in ("name", "preset") and not above:
+        if key in ("name", "preset", "recipe") and not above:
             continue
-        block = schema.get("$defs", {}).get(field.get("$ref", "").rpartition("/")[2])
+        options = [field, *field.get("anyOf", [])]
+        references = [option["$ref"] for option in options if "$ref" in option]
+        block = schema["$defs"][references[0].rpartition("/")[2]] if references else None
         if block is None:
             yield (*above, key), field
         else:
@@ -64,16 +88,22 @@ def values(field: JsonObject) -> str:
     if "enum" in field:
         return ", ".join(show(value) for value in field["enum"])
     if field.get("type") == "array":
+        if "items" in field:
+            return f"list of {values(field['items'])}"
         return "list: " + "; ".join(values(item) for item in field["prefixItems"])
-    kind = {"number": "number", "integer": "integer", "null": "null"}[field["type"]]
+    kinds = {"number": "number", "integer": "integer", "null": "null", "boolean": "true or false"}
+    kind = kinds[field["type"]]
     bounds = [text.format(f"{field[key]:,}") for key, text in BOUNDS.items() if key in field]
     return " ".join([kind, ", ".join(bounds)]).strip()
 
 
-def at(value: Any, path: tuple[str, ...]) -> Any:
+def default(value: Any, path: tuple[str, ...]) -> str:
+    """Return the value at `path`, or a dash where its block is null."""
     for key in path:
+        if value is None:
+            return "–"
         value = value[key]
-    return value
+    return show(value)
 
 
 def show(value: Any) -> str:
@@ -87,10 +117,16 @@ def with_table(page: str, table: str) -> str:
     return f"{head}{BEGIN}\n{table}\n{END}{tail}"
 
 
-@pytest.mark.parametrize("name", METHOD_CONFIGS)
+def tables() -> dict[str, str]:
+    """Return page -> its table."""
+    methods = {f"methods/{name}.md": arguments_table(name) for name in METHOD_CONFIGS}
+    return {"evaluation.md": evaluation_table(), **methods}
+
+
+@pytest.mark.parametrize("name", tables())
 def test_table_is_that_of_the_config(name: str) -> None:
-    page = (DOCS / "methods" / f"{name}.md").read_text(encoding="utf-8")
-    wanted = with_table(page, arguments_table(name))
+    page = (DOCS / name).read_text(encoding="utf-8")
+    wanted = with_table(page, tables()[name])
     changes = difflib.unified_diff(page.splitlines(), wanted.splitlines(), lineterm="", n=0)
     assert page == wanted, "run `make docs`:\n" + "\n".join(changes)
 
@@ -102,11 +138,11 @@ def test_every_event_kind_is_described() -> None:
 
 
 def write() -> None:
-    """Write every method's table into its page."""
-    for name in METHOD_CONFIGS:
-        path = DOCS / "methods" / f"{name}.md"
+    """Write every table into its page."""
+    for name, text in tables().items():
+        path = DOCS / name
         page = path.read_text(encoding="utf-8")
-        path.write_text(with_table(page, arguments_table(name)), encoding="utf-8")
+        path.write_text(with_table(page, text), encoding="utf-8")
         print(path)
 
 

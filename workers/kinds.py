@@ -1,4 +1,4 @@
-"""What is particular to a training and to an ingestion: the run file, and where a result goes."""
+"""What is particular to a training, an ingestion and a calibration: run file, place of a result."""
 
 import json
 import os
@@ -13,12 +13,16 @@ from ctune.rundir import RunDir, write_atomically
 from service.db import Database, now_s
 from service.jobs import lifecycle
 from service.jobs.lifecycle import Ending, Lease, Retry, Table
+from service.jobs.states import AnyRow
 from service.settings import Settings
 from service.storage import Storage, size_bytes
-from service.tables import Dataset, Job, new_id
+from service.tables import Calibration, Dataset, Job, RunClaimable, new_id
 from workers.outcome import make_error
 
 JsonObject = dict[str, Any]
+
+CALIBRATION_LIMIT_S = 600.0
+"""A calibration measures for seconds; what takes long is a first download of weights."""
 
 
 class CannotRunError(Exception):
@@ -47,7 +51,7 @@ class Context:
 class Work(ABC):
     """One claimed row."""
 
-    def __init__(self, context: Context, row: Job | Dataset) -> None:
+    def __init__(self, context: Context, row: AnyRow) -> None:
         self.context = context
         self.storage = context.storage
         self.lease = Lease(type(row), row.id, row.attempt, context.owner)
@@ -55,6 +59,11 @@ class Work(ABC):
         self.gpus: tuple[str, ...] = ()
         self.max_duration_s: float | None = None
         """How much longer it may run."""
+
+    @property
+    def retry(self) -> Retry:
+        """When an attempt that was lost, or failed in a way that may pass, is repeated."""
+        return self.context.retry
 
     @property
     @abstractmethod
@@ -98,7 +107,40 @@ class Work(ABC):
     def _config(self) -> JsonObject: ...
 
 
-class Training(Work):
+class ConfiguredWork(Work):
+    """What a config describes, on the data set and the encoder that it names."""
+
+    def __init__(self, context: Context, row: Job | Calibration) -> None:
+        super().__init__(context, row)
+        self._run: RunClaimable = row
+
+    def _config(self) -> JsonObject:
+        config = self._run.config
+        with self.context.database.reading() as session:
+            dataset = session.get(Dataset, self._run.dataset_id)
+        if dataset is None or dataset.store is None:
+            message = f"the data set {self._run.dataset_id} of this job is gone"
+            hint = "upload it again and create a new job"
+            raise CannotRunError(make_error("dataset_gone", message, hint=hint, fault="user"))
+        return {
+            "config": config,
+            "data": str(self.storage.absolute(dataset.store)),
+            "encoder_dir": self._encoder_dir(config["encoder"]),
+            "allow_noncommercial_weights": self.context.settings.allow_noncommercial_weights,
+        }
+
+    def _encoder_dir(self, encoder: JsonObject) -> str | None:
+        if encoder.get("source") != "model":
+            return None
+        directory = self.storage.model(encoder["id"])
+        if not directory.is_dir():
+            message = f"the model {encoder['id']} that this job starts from is gone"
+            hint = "create a job that starts from another model"
+            raise CannotRunError(make_error("model_gone", message, hint=hint, fault="user"))
+        return str(directory)
+
+
+class Training(ConfiguredWork):
     """A job: one attempt of `ctune.run`."""
 
     def __init__(self, context: Context, row: Job) -> None:
@@ -141,30 +183,40 @@ class Training(Work):
         return self.storage.job_run(self.lease.id, self.lease.attempt)
 
     def _config(self) -> JsonObject:
-        config = self._row.config
-        with self.context.database.reading() as session:
-            dataset = session.get(Dataset, self._row.dataset_id)
-        if dataset is None or dataset.store is None:
-            message = f"the data set {self._row.dataset_id} of this job is gone"
-            hint = "upload it again and create a new job"
-            raise CannotRunError(make_error("dataset_gone", message, hint=hint, fault="user"))
-        return {
-            "config": config,
-            "data": str(self.storage.absolute(dataset.store)),
+        return super()._config() | {
             "resume_from": [str(run.root) for _, run in reversed(self.earlier())],
-            "encoder_dir": self._encoder_dir(config["encoder"]),
             "job_id": self._row.id,
+            "finish": self._row.stop_requested_at is not None,
         }
 
-    def _encoder_dir(self, encoder: JsonObject) -> str | None:
-        if encoder.get("source") != "model":
-            return None
-        directory = self.storage.model(encoder["id"])
-        if not directory.is_dir():
-            message = f"the model {encoder['id']} that this job starts from is gone"
-            hint = "create a job that starts from another model"
-            raise CannotRunError(make_error("model_gone", message, hint=hint, fault="user"))
-        return str(directory)
+
+class Measuring(ConfiguredWork):
+    """A calibration: one attempt of `ctune.calibrate`.
+
+    A crash is its result too, most often that memory is short, so it is not repeated.
+    """
+
+    def __init__(self, context: Context, row: Calibration) -> None:
+        super().__init__(context, row)
+        self.max_duration_s = CALIBRATION_LIMIT_S
+
+    @property
+    def retry(self) -> Retry:
+        return Retry(max_attempts=1, backoff_s=0.0)
+
+    @property
+    def command(self) -> list[str]:
+        return self.context.settings.calibrate_command
+
+    def adopt(self, result: JsonObject) -> Ending:
+        if "stages" not in result:
+            raise CannotRunError(
+                make_error("no_result", "the calibration said it is finished but measured nothing")
+            )
+        return Ending("ready", "done", values={"result": result})
+
+    def _run_dir(self) -> RunDir:
+        return self.storage.calibration_run(self.lease.id, self.lease.attempt)
 
 
 class Ingestion(Work):
@@ -220,9 +272,12 @@ class Ingestion(Work):
 def clean_ended(storage: Storage, table: Table, row_id: str) -> None:
     """Remove what nobody needs of a row that has ended.
 
-    Of an ingestion the archive and the run directories; of a training the decoded images of its
-    attempts, while logs, events and checkpoints can be asked for.
+    Of an ingestion the archive and the run directories, of a calibration these; of a training the
+    decoded images of its attempts, while logs, events and checkpoints can be asked for.
     """
+    if table is Calibration:
+        storage.remove(storage.calibration_run(row_id, 0).root.parent)
+        return
     if table is Dataset:
         storage.remove(storage.upload(row_id))
         storage.remove(storage.ingest_run(row_id, 0).root.parent)

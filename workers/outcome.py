@@ -7,6 +7,7 @@
 | failed | not retryable | fails with that code |
 | stopped, none | cancel was asked for | cancelled |
 | stopped, none | this worker stops | released |
+| stopped, none | a pause was asked for | released: it becomes paused |
 | stopped, none | it took too long | fails `max_duration` |
 | stopped | none of these | repeated; fails `stopped` when no attempts are left |
 | none | exit 0 | fails `no_result` |
@@ -35,9 +36,9 @@ ADVICE: dict[int, str] = {
     -signal.SIGFPE: "A native library divided by zero.",
     -signal.SIGILL: "torch was built for another processor.",
     1: "The last lines of the log say why.",
-    2: "The worker's train or ingest command is wrong.",
-    126: "The worker's train or ingest command cannot be executed.",
-    127: "The worker's train or ingest command was not found.",
+    2: "The worker's train, ingest or calibrate command is wrong.",
+    126: "The worker's train, ingest or calibrate command cannot be executed.",
+    127: "The worker's train, ingest or calibrate command was not found.",
     137: "It was killed, most often because the machine ran out of memory.",
     139: "A native library crashed: check that torch fits the driver and the machine.",
 }
@@ -49,6 +50,7 @@ class StopReason(StrEnum):
 
     CANCEL = "cancel"
     WORKER = "worker"
+    PAUSE = "pause"
     MAX_DURATION = "max_duration"
 
 
@@ -98,6 +100,8 @@ def decide(
         return Outcome(Action.CANCEL, "cancelled")
     if reason is StopReason.WORKER:
         return Outcome(Action.RELEASE, "the worker stops; another one goes on")
+    if reason is StopReason.PAUSE:  # what is said here is read where the pause was called off
+        return Outcome(Action.RELEASE, "the pause was called off; it goes on from its checkpoint")
     error = _unasked(last, exit_code, reason) | {"phase": phase, "log_tail": log_tail}
     action = Action.REPEAT if error["retryable"] else Action.FAIL
     return Outcome(action, error["message"], error)
@@ -122,7 +126,7 @@ def _unasked(last: Event | None, exit_code: int, reason: StopReason | None) -> d
     if reason is StopReason.MAX_DURATION:
         return make_error(
             "max_duration",
-            "the run took longer than resources.max_duration_s",
+            "it took longer than it may (`resources.max_duration_s`)",
             hint="allow more time, train fewer epochs, or use smaller images",
             fault="user",
         )

@@ -14,6 +14,7 @@ from service.db import DatabaseUnavailableError
 from service.jobs import lifecycle
 from service.jobs.lifecycle import Beat, Ending
 from service.jobs.recorder import store_events
+from service.jobs.states import TERMINAL
 from workers.child_process import ChildProcess, child_environment
 from workers.kinds import CannotRunError, Work
 from workers.outcome import Action, Outcome, StopReason, decide, make_error, tail
@@ -31,8 +32,8 @@ class Attempt:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.cancel = threading.Event()
-        """Set by the supervisor: somebody wants to cancel this job."""
+        self.wish = Beat.GO_ON
+        """Set by the supervisor: what it read last of what clients want of this job."""
         self.stopping = threading.Event()
         """Set by the supervisor: this worker stops."""
         self.ended = False
@@ -45,6 +46,7 @@ class Attempt:
         self._reason: StopReason | None = None
         self._kill_at: float | None = None
         self._started = self._beaten = time.monotonic()
+        self._answer = Beat.GO_ON
         self._lost = False
 
     def run(self) -> None:
@@ -114,8 +116,7 @@ class Attempt:
         events, offset, broken = read_batch(self.work.run_dir, self._offset)
         self._listen(events, broken)
         now = time.monotonic()
-        asked = self.cancel.is_set() and self._reason is not StopReason.CANCEL
-        due = now - self._beaten >= self._settings.beat_s or asked
+        due = now - self._beaten >= self._settings.beat_s or self.wish is not self._answer
         if not events and not due:
             return False
         try:
@@ -130,10 +131,18 @@ class Attempt:
         self._lost = beat is Beat.LOST
         if not self._lost:
             self._write_lease()
+        self._obey(beat)
+        return bool(events) and not self._lost
+
+    def _obey(self, beat: Beat) -> None:
+        """Note what clients want; a pause that is called off after the child was told ends it."""
+        self._answer = beat
         if beat is Beat.CANCEL:
             self._reason = StopReason.CANCEL
-        self.cancel.clear()
-        return bool(events) and not self._lost
+        elif beat is Beat.PAUSE and self._reason is None:
+            self._reason = StopReason.PAUSE
+        elif beat is Beat.FINISH:
+            self.work.run_dir.finish.touch()
 
     def _store(self, events: list[Event], run_dir: RunDir, attempt: int) -> Beat:
         """Renew the lease and store events, in one transaction."""
@@ -208,7 +217,7 @@ class Attempt:
                     return
                 time.sleep(RETRY_S)
         log.info("%s: attempt %d: %s", self.work.lease.id, self.work.lease.attempt, status)
-        if status in lifecycle.TERMINAL:
+        if status in TERMINAL:
             self.work.clean()
 
     def _adopt(self, outcome: Outcome) -> tuple[Outcome, Ending | None]:
@@ -227,12 +236,12 @@ class Attempt:
         with self._context.database.writing() as session:
             match outcome.action:
                 case Action.REPEAT:
-                    status = lifecycle.requeue_lost(session, lease, error, self._context.retry)
+                    status = lifecycle.requeue_lost(session, lease, error, self.work.retry)
                     return status or "lease lost"
                 case Action.RELEASE:
                     if not lifecycle.release(session, lease, outcome.message):
                         return "lease lost"
-                    # Queued, or cancelled where somebody wanted that meanwhile.
+                    # Queued, or what somebody wanted meanwhile: paused, cancelled.
                     found = select(lease.table.status).where(lease.table.id == lease.id)
                     return session.scalars(found).one()
                 case Action.CANCEL:

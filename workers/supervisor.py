@@ -7,20 +7,27 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
+
+from sqlalchemy.orm import Session
 
 from ctune import __version__
 from service.db import Database, DatabaseUnavailableError, now_s
 from service.jobs import lifecycle
+from service.jobs.lifecycle import Beat
 from service.queue import Announcer
 from service.settings import Settings
 from service.storage import Storage
-from service.tables import Dataset, Job, WorkerSeen
+from service.tables import Calibration, Dataset, Job, WorkerSeen
 from workers.gpus import GpuPool, find_gpus
-from workers.kinds import Context, Ingestion, Training, Work
+from workers.kinds import Context, Ingestion, Measuring, Training, Work
+from workers.machine import describe_machine
 from workers.supervise import Attempt
 from workers.sweep import Sweeper
 
 log = logging.getLogger(__name__)
+
+Run = TypeVar("Run", Job, Calibration)
 
 SEEN_S = 5.0
 """Seconds between signs of life in the table of workers."""
@@ -29,7 +36,7 @@ STOP_MARGIN_S = 5.0
 
 
 class Supervisor:
-    """Runs up to `slots` jobs at a time, and one ingestion beside them, until it is stopped.
+    """Runs up to `slots` jobs and calibrations at a time, and one ingestion beside them.
 
     Each attempt has its own thread, which starts the child and lives as long as it: the kernel
     ends a child with the thread that started it.
@@ -40,7 +47,9 @@ class Supervisor:
         self._settings = settings
         self._database = database
         self._context = Context(settings, database, Storage(settings.data_dir).create(), self.name)
-        self._gpus = GpuPool(find_gpus(settings))
+        gpus = find_gpus(settings)
+        self._gpus = GpuPool(gpus)
+        self._kind = describe_machine(gpus)
         self._attempts: dict[Attempt, threading.Thread] = {}
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -92,13 +101,13 @@ class Supervisor:
                 self.on_broken()
 
     def _round(self) -> None:
-        """Do what is due: forget what has ended, say that we live, pass on cancels, take work."""
+        """Do what is due: forget what has ended, say that we live, pass on wishes, take work."""
         for attempt in [attempt for attempt in self._attempts if attempt.ended]:
             del self._attempts[attempt]
             self._gpus.give_back(attempt.work.gpus)
         try:
             self._say_alive()
-            self._pass_on_cancels()
+            self._pass_on_wishes()
             while not self._stopping.is_set() and self._take():
                 pass
         except DatabaseUnavailableError as error:
@@ -112,29 +121,29 @@ class Supervisor:
             "slots": self._settings.slots,
             "gpus": self._gpus.total,
             "version": __version__,
+            "kind": self._kind,
         }
         with self._database.writing() as session:
             session.merge(WorkerSeen(id=self.name, seen_at=now_s(), info=info))
         self._seen = now
 
-    def _pass_on_cancels(self) -> None:
+    def _pass_on_wishes(self) -> None:
         if not self._attempts:
             return
         with self._database.reading() as session:
-            wanted = set(lifecycle.cancel_requests(session, self.name))
+            wishes = lifecycle.wishes_of_clients(session, self.name)
         for attempt in self._attempts:
-            if attempt.work.lease.id in wanted:
-                attempt.cancel.set()
+            attempt.wish = wishes.get(attempt.work.lease.id, Beat.GO_ON)
 
     def _take(self) -> bool:
         """Claim and start one row; False when there is no work or no room."""
         works = [attempt.work for attempt in self._attempts]
-        trainings = sum(isinstance(work, Training) for work in works)
+        in_slots = sum(not isinstance(work, Ingestion) for work in works)
         work: Work | None = None
-        if trainings == len(works):
+        if in_slots == len(works):
             work = self._claim_ingestion()
-        if work is None and trainings < self._settings.slots:
-            work = self._claim_training()
+        if work is None and in_slots < self._settings.slots:
+            work = self._claim_calibration() or self._claim_training()
         if work is None:
             return False
         attempt = Attempt(work)
@@ -163,19 +172,32 @@ class Supervisor:
 
     def _claim_training(self) -> Work | None:
         with self._database.writing() as session:
-            row = lifecycle.claim(
-                session,
-                Job,
-                owner=self.name,
-                lease_s=self._settings.lease_s,
-                gpus=(self._gpus.free, self._gpus.total),
-            )
+            row = self._claim_on_device(session, Job)
             if row is None:
                 return None
             work = Training(self._context, row)
             work.limit(session)
         work.gpus = self._gpus.take(self._gpus.needed(row.gpus))
         return work
+
+    def _claim_calibration(self) -> Work | None:
+        with self._database.writing() as session:
+            row = self._claim_on_device(session, Calibration)
+            if row is None:
+                return None
+            row.worker_kind = self._kind
+            work = Measuring(self._context, row)
+        work.gpus = self._gpus.take(self._gpus.needed(row.gpus))
+        return work
+
+    def _claim_on_device(self, session: Session, table: type[Run]) -> Run | None:
+        return lifecycle.claim(
+            session,
+            table,
+            owner=self.name,
+            lease_s=self._settings.lease_s,
+            gpus=(self._gpus.free, self._gpus.total),
+        )
 
     def _stop_attempts(self) -> None:
         for attempt in self._attempts:

@@ -8,7 +8,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from service.db import DatabaseUnavailableError, now_s
 from service.jobs import lifecycle
-from service.jobs.lifecycle import TERMINAL, Row
+from service.jobs.lifecycle import Row
+from service.jobs.states import TERMINAL
 from service.queue import Announcer, Kind
-from service.tables import Checkpoint, Dataset, Job, Model, WorkerSeen
+from service.tables import Calibration, Checkpoint, Dataset, Job, Model, WorkerSeen
 from workers.kinds import Context, clean_ended
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 PURGE_S = 3600.0
 YOUNG_S = 24 * 3600.0
 """Files younger than this may belong to something that is about to get its row."""
+CALIBRATIONS_KEPT_S = 30 * 24 * 3600.0
+"""After this time a measurement is made anew: drivers and libraries change."""
 TRASH = ".trash-"
 
 
@@ -68,6 +71,7 @@ class Sweeper:
         """Take back lost rows and send old hints again."""
         self._sweep("job", Job)
         self._sweep("dataset", Dataset)
+        self._sweep("calibration", Calibration)
         self._wake()
 
     def _sweep(self, kind: Kind, table: type[Row]) -> None:
@@ -87,14 +91,17 @@ class Sweeper:
 
 
 def purge(context: Context, young_s: float = YOUNG_S) -> None:
-    """Remove files that nothing refers to, and workers that were not seen for a day."""
+    """Remove files that nothing refers to, workers not seen for a day, and old calibrations."""
     purge_uploads(context, young_s)
-    purge_ingest_runs(context, young_s)
+    purge_passing_runs(context, young_s, folder="runs", table=Dataset)
+    purge_passing_runs(context, young_s, folder="calibrations", table=Calibration)
     purge_stores(context, young_s)
     purge_models(context, young_s)
     purge_job_runs(context, young_s)
     with context.database.writing() as session:
         session.execute(delete(WorkerSeen).where(WorkerSeen.seen_at < now_s() - YOUNG_S))
+        old = Calibration.created_at < now_s() - CALIBRATIONS_KEPT_S
+        session.execute(delete(Calibration).where(old, Calibration.status != "running"))
 
 
 def purge_uploads(context: Context, young_s: float) -> None:
@@ -105,10 +112,12 @@ def purge_uploads(context: Context, young_s: float) -> None:
         _discard(context, old[name])
 
 
-def purge_ingest_runs(context: Context, young_s: float) -> None:
-    """Remove run directories of ended ingestions, and of attempts that others followed."""
-    paths = {path.name: path for path in _old(context, "runs", 0.0)}
-    running = _rows(context, Dataset.id, paths, Dataset.status.not_in(TERMINAL))
+def purge_passing_runs(
+    context: Context, young_s: float, *, folder: str, table: type[Dataset] | type[Calibration]
+) -> None:
+    """Remove run directories of ended ingestions or calibrations, and of attempts before others."""
+    paths = {path.name: path for path in _old(context, folder, 0.0)}
+    running = _rows(context, table.id, paths, table.status.not_in(TERMINAL))
     for name, path in paths.items():
         if name in running:
             _discard_earlier(context, path, running[name])
@@ -138,9 +147,10 @@ def purge_models(context: Context, young_s: float) -> None:
 
 
 def purge_job_runs(context: Context, young_s: float) -> None:
-    """Remove run directories of deleted jobs; of ended ones caches and all attempts but the last.
+    """Remove run directories of deleted jobs; of ended ones caches and earlier attempts.
 
-    Caches are left when a job was cancelled as it waited for another attempt.
+    Those with the best checkpoint of a stage stay. Caches are left when a job was cancelled as it
+    waited for another attempt.
     """
     paths = {path.name: path for path in _old(context, "jobs", 0.0)}
     known = _rows(context, Job.id, paths)
@@ -148,18 +158,20 @@ def purge_job_runs(context: Context, young_s: float) -> None:
     for name, path in paths.items():
         if name in ended:
             if ended[name] > 1:
-                _forget_checkpoints(context, name, ended[name])
-                _discard_earlier(context, path, ended[name])
+                best = _forget_checkpoints(context, name, ended[name])
+                _discard_earlier(context, path, ended[name], keep=best)
             clean_ended(context.storage, Job, name)
         elif name not in known and _age_s(path) >= young_s:
             _discard(context, path)
 
 
-def _forget_checkpoints(context: Context, job_id: str, attempt: int) -> None:
-    """Remove the rows of checkpoints whose files are about to go."""
-    gone = delete(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.attempt < attempt)
+def _forget_checkpoints(context: Context, job_id: str, attempt: int) -> set[int]:
+    """Remove the rows of checkpoints whose files are about to go; return the attempts that stay."""
+    earlier = (Checkpoint.job_id == job_id, Checkpoint.attempt < attempt)
     with context.database.writing() as session:
-        session.execute(gone)
+        best = set(session.scalars(select(Checkpoint.attempt).where(*earlier, Checkpoint.best)))
+        session.execute(delete(Checkpoint).where(*earlier, Checkpoint.attempt.not_in(best)))
+    return best
 
 
 def _rows(
@@ -198,9 +210,12 @@ def _age_s(path: Path) -> float:
         return -1.0
 
 
-def _discard_earlier(context: Context, folder: Path, attempt: int) -> None:
+def _discard_earlier(
+    context: Context, folder: Path, attempt: int, *, keep: Container[int] = ()
+) -> None:
     for path in folder.glob("a*"):
-        if path.name[1:].isdigit() and int(path.name[1:]) < attempt:
+        number = path.name[1:]
+        if number.isdigit() and int(number) < attempt and int(number) not in keep:
             _discard(context, path)
 
 

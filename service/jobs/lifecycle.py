@@ -1,42 +1,33 @@
-"""The life of a job or an ingestion: the only code that writes `status`.
-
-    queued ──claim──> running ──finish──> succeeded | ready | failed | cancelled
-      ^ │                │
-      │ └─request_cancel─┼──────────────> cancelled
-      └─release, requeue_lost, reap
+"""What workers do to a row: claim, beat, finish, give back; `control.py` has what clients ask.
 
 Every write of a worker is guarded by (id, attempt, owner, running), so one that was given up cannot
-overwrite its successor. All times are the database's. Nothing here commits. Every write to a job's
-events happens under the lock of its row, so that event ids appear in the order of their commits.
+overwrite its successor. All times are the database's. Nothing here commits; `states.py` moves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import ColumnElement, func, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, and_, func, or_, select, update
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service.db import now_s
-from service.tables import Dataset, Job, JobEvent, JobTransition, Model
+from service.jobs.states import AnyRow, move, record, stay
+from service.tables import Calibration, Dataset, Job, JobTransition, Model, RunClaimable
 
-Row = TypeVar("Row", Job, Dataset)
-Table = type[Job] | type[Dataset]
+Row = TypeVar("Row", Job, Dataset, Calibration)
+Table = type[Job] | type[Dataset] | type[Calibration]
 
-TRANSITIONS: dict[str, frozenset[str]] = {
-    "": frozenset({"queued"}),
-    "queued": frozenset({"running", "cancelled"}),
-    "running": frozenset({"queued", "succeeded", "ready", "failed", "cancelled"}),
-}
-TERMINAL = frozenset({"succeeded", "ready", "failed", "cancelled"})
 MAX_BACKOFF_S = 3600.0
 
 
 class Beat(StrEnum):
-    """What a heartbeat learns."""
+    """What a heartbeat learns: of what clients want, the strongest."""
 
     GO_ON = "go_on"
+    FINISH = "finish"
+    PAUSE = "pause"
     CANCEL = "cancel"
     LOST = "lost"
 
@@ -72,24 +63,12 @@ class Ending:
     """Columns of the model that the attempt made."""
 
 
-class NotFoundError(Exception):
-    """There is no row with this id."""
-
-
-class NotCancellableError(Exception):
-    """The job has ended already; `status` says how."""
-
-    def __init__(self, job_id: str, status: str) -> None:
-        super().__init__(f"job {job_id} cannot be cancelled: it is {status}")
-        self.status = status
-
-
-def enqueue(session: Session, row: Job | Dataset) -> None:
+def enqueue(session: Session, row: AnyRow) -> None:
     """Insert a new row as `queued`; the caller tells the broker after the commit."""
     row.created_at = now_s()
     row.hint_sent_at = now_s()
     session.add(row)
-    _move(session, row, "queued", "accepted")
+    move(session, row, "queued", "accepted")
 
 
 def claim(
@@ -97,14 +76,23 @@ def claim(
 ) -> Row | None:
     """Take the waiting row of highest priority, oldest first; None when there is none.
 
+    A row that needs more GPUs than are free, but no more than this worker has, is not overtaken by
+    others that need GPUs: it would wait for ever beside a stream of smaller ones.
+
     Args:
         gpus: GPUs of this worker that are free, and all it has. A job that does not say how many
             it needs takes one where the worker has one.
     """
     free, total = gpus
     waiting = select(table.id).where(table.status == "queued", table.run_after <= now_s())
-    if table is Job:
-        waiting = waiting.where(func.coalesce(Job.gpus, min(1, total)) <= free)
+    if issubclass(table, RunClaimable):
+        needed = func.coalesce(table.gpus, min(1, total))
+        wide = waiting.where(needed > free, needed <= total).add_columns(table.priority)
+        first = session.execute(wide.order_by(table.priority.desc(), table.id).limit(1)).first()
+        waiting = waiting.where(needed <= free)
+        if first is not None:
+            older = and_(table.priority == first.priority, table.id < first.id)
+            waiting = waiting.where(or_(needed == 0, table.priority > first.priority, older))
     waiting = waiting.order_by(table.priority.desc(), table.id).limit(1)
     statement = (
         update(table)
@@ -124,32 +112,47 @@ def claim(
     )
     row = session.scalars(statement).one_or_none()
     if row is not None:
-        _record(session, row, f"attempt {row.attempt} starts")
+        record(session, row, f"attempt {row.attempt} starts")
     return row
 
 
 def beat(session: Session, lease: Lease, lease_s: float) -> Beat:
     """Renew a lease that is still held; after `LOST` the worker writes nothing more."""
+    wishes = _wishes(lease.table)
     statement = (
         update(lease.table)
         .where(*_held(lease), lease.table.lease_until > now_s())
         .values(lease_until=now_s() + lease_s)
         # The plain column: SQLite 3.40 answers `x IS NOT NULL` wrongly in RETURNING.
-        .returning(lease.table.id, lease.table.cancel_requested_at)
+        .returning(lease.table.id, *wishes.values())
         .execution_options(synchronize_session=False)
     )
     renewed = session.execute(statement).one_or_none()
-    if renewed is None:
-        return Beat.LOST
-    return Beat.GO_ON if renewed.cancel_requested_at is None else Beat.CANCEL
+    return Beat.LOST if renewed is None else _strongest(wishes, renewed[1:])
 
 
-def cancel_requests(session: Session, owner: str) -> Sequence[str]:
-    """Return the ids of this worker's jobs that somebody wants to cancel."""
-    wanted = select(Job.id).where(
-        Job.status == "running", Job.owner == owner, Job.cancel_requested_at.is_not(None)
+def wishes_of_clients(session: Session, owner: str) -> dict[str, Beat]:
+    """Return, of this worker's jobs of which somebody wants something, what `beat` would."""
+    wishes = _wishes(Job)
+    wanted = select(Job.id, *wishes.values()).where(
+        Job.status == "running",
+        Job.owner == owner,
+        or_(*(asked_at.is_not(None) for asked_at in wishes.values())),
     )
-    return session.scalars(wanted).all()
+    return {row[0]: _strongest(wishes, row[1:]) for row in session.execute(wanted)}
+
+
+def _wishes(table: Table) -> dict[Beat, InstrumentedAttribute[float | None]]:
+    """Return the columns that say what clients want of a running row, the strongest first."""
+    found = {Beat.CANCEL: table.cancel_requested_at}
+    if table is Job:
+        found |= {Beat.PAUSE: Job.pause_requested_at, Beat.FINISH: Job.stop_requested_at}
+    return found
+
+
+def _strongest(wishes: Iterable[Beat], asked_at: Iterable[float | None]) -> Beat:
+    pairs = zip(wishes, asked_at, strict=True)
+    return next((wish for wish, time_s in pairs if time_s is not None), Beat.GO_ON)
 
 
 def enter_phase(session: Session, lease: Lease, phase: str) -> None:
@@ -157,7 +160,7 @@ def enter_phase(session: Session, lease: Lease, phase: str) -> None:
     row = _lock(session, lease)
     if isinstance(row, Job) and row.phase != phase:
         row.phase = phase
-        _stay(session, row)
+        stay(session, row)
 
 
 def finish(session: Session, lease: Lease, ending: Ending) -> bool:
@@ -170,7 +173,7 @@ def finish(session: Session, lease: Lease, ending: Ending) -> bool:
     if ending.model is not None:
         session.add(Model(**ending.model))
     row.error = ending.error
-    _move(session, row, ending.status, ending.message)
+    move(session, row, ending.status, ending.message)
     return True
 
 
@@ -246,31 +249,8 @@ def resend(session: Session, table: Table, resend_s: float) -> Sequence[str]:
     return ids
 
 
-def request_cancel(session: Session, job_id: str) -> Job:
-    """Cancel a waiting job at once; ask the worker of a running one to stop it.
-
-    Raises:
-        NotFoundError: no such job.
-        NotCancellableError: the job has ended already.
-    """
-    wanted = select(Job).where(Job.id == job_id).with_for_update()
-    job = session.scalars(wanted.execution_options(populate_existing=True)).one_or_none()
-    if job is None:
-        raise NotFoundError(f"there is no job {job_id}")
-    if job.status in TERMINAL:
-        raise NotCancellableError(job_id, job.status)
-    if job.cancel_requested_at is None:
-        job.cancel_requested_at = now_s()
-    if job.status == "queued":
-        _move(session, job, "cancelled", "cancelled before it started")
-    else:
-        session.add(_event(job, "info", "cancelling was asked for"))
-    session.flush()
-    return job
-
-
 def run_seconds(session: Session, job_id: str) -> float:
-    """Return how long the earlier attempts of a job ran, all together."""
+    """Return how long the earlier attempts of a job ran, all together; pauses do not count."""
     stays = select(func.sum(JobTransition.ended_at - JobTransition.started_at)).where(
         JobTransition.job_id == job_id, JobTransition.status == "running"
     )
@@ -287,82 +267,32 @@ def _held(lease: Lease) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def _lock(session: Session, lease: Lease) -> Job | Dataset | None:
+def _lock(session: Session, lease: Lease) -> AnyRow | None:
     """Return the row under its lock (SQLite: the transaction's write lock) if it is still held."""
     wanted = select(lease.table).where(*_held(lease)).with_for_update()
     found = session.scalars(wanted.execution_options(populate_existing=True)).one_or_none()
-    return cast("Job | Dataset | None", found)
+    return cast("AnyRow | None", found)
 
 
-def _lose(session: Session, row: Job | Dataset, error: dict[str, Any], retry: Retry) -> None:
+def _lose(session: Session, row: AnyRow, error: dict[str, Any], retry: Retry) -> None:
     row.lost_attempts += 1
     row.error = error
     if row.lost_attempts >= retry.max_attempts and row.cancel_requested_at is None:
-        _move(session, row, "failed", error["message"])
+        move(session, row, "failed", error["message"])
         return
     delay_s = min(MAX_BACKOFF_S, retry.backoff_s * 2.0 ** (row.lost_attempts - 1))
     _back(session, row, delay_s=delay_s, message=f"will be repeated: {error['message']}")
 
 
-def _back(session: Session, row: Job | Dataset, *, delay_s: float, message: str) -> None:
-    """Queue a running row again; one that somebody wants to cancel ends here."""
+def _back(session: Session, row: AnyRow, *, delay_s: float, message: str) -> None:
+    """Queue a running row again, unless somebody wants to cancel or to pause it."""
     if row.cancel_requested_at is not None:
         row.error = None
-        _move(session, row, "cancelled", "cancelled")
+        move(session, row, "cancelled", "cancelled")
+        return
+    if isinstance(row, Job) and row.pause_requested_at is not None:
+        move(session, row, "paused", "paused")
         return
     row.run_after = now_s() + delay_s
     row.hint_sent_at = None
-    _move(session, row, "queued", message)
-
-
-def _move(session: Session, row: Job | Dataset, status: str, message: str) -> None:
-    before = row.status or ""
-    if status not in TRANSITIONS.get(before, frozenset()):
-        raise ValueError(f"{row.id} cannot go from {before or 'nothing'} to {status}")
-    row.status = status
-    row.owner = None
-    row.lease_until = None
-    if status in TERMINAL:
-        row.finished_at = now_s()
-    session.flush()
-    _record(session, row, message)
-
-
-def _record(session: Session, row: Job | Dataset, message: str) -> None:
-    if isinstance(row, Job):
-        _stay(session, row, message)
-        level = "error" if row.status == "failed" else "info"
-        session.add(_event(row, level, message))
-        session.flush()
-
-
-def _stay(session: Session, job: Job, message: str = "") -> None:
-    """End the job's present stay and begin the one its status and phase say."""
-    ended = update(JobTransition).where(
-        JobTransition.job_id == job.id, JobTransition.ended_at.is_(None)
-    )
-    session.execute(ended.values(ended_at=now_s()).execution_options(synchronize_session=False))
-    stay = JobTransition(
-        job_id=job.id,
-        attempt=job.attempt,
-        status=job.status,
-        phase=job.phase,
-        started_at=now_s(),
-        message=message[:1024],
-    )
-    session.add(stay)
-    session.flush()
-
-
-def _event(job: Job, level: str, message: str) -> JobEvent:
-    code = job.error["code"] if job.error else None
-    data = {"status": job.status, "phase": job.phase, "error_code": code}
-    return JobEvent(
-        job_id=job.id,
-        attempt=job.attempt,
-        created_at=now_s(),
-        kind="status",
-        level=level,
-        message=message[:4096],
-        data=data,
-    )
+    move(session, row, "queued", message)

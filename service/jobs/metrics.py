@@ -1,11 +1,20 @@
 """The metrics of a job: all points as lines, or each series thinned so that a chart stays true."""
 
 import json
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, func, select, tuple_
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Select,
+    cast,
+    func,
+    literal,
+    select,
+    tuple_,
+    union,
+)
 from sqlalchemy.orm import Session
 
 from ctune.events import storable
@@ -43,67 +52,74 @@ class Wanted(NamedTuple):
         return found
 
 
-Point = tuple[int, float | None]
-
-
 def columns(session: Session, wanted: Wanted, max_points: int) -> list[JsonObject]:
     """Return each series as parallel lists of at most `max_points` steps and values."""
-    series = select(Metric.stage, Metric.name, func.count(), func.max(Metric.step))
+    series = select(
+        Metric.stage, Metric.name, func.count(), func.min(Metric.step), func.max(Metric.step)
+    )
     series = series.where(*wanted.where()).group_by(Metric.stage, Metric.name)
     found = []
-    for stage, name, count, last_step in session.execute(
+    for stage, name, count, first, last in session.execute(
         series.order_by(Metric.stage, Metric.name)
-    ):
-        one = Wanted(wanted.job_id, wanted.filters._replace(stage=stage, name=name))
-        rows = select(Metric.step, Metric.value).where(*one.where()).order_by(Metric.step)
-        with session.execute(rows.execution_options(yield_per=ROWS_PER_LOOK)) as points:
-            kept = thin(((step, value) for step, value in points), count, max_points)
+    ).all():
+        one = wanted._replace(filters=wanted.filters._replace(stage=stage, name=name))
+        if count <= max_points:
+            whole = select(Metric.step, Metric.value).where(*one.where(), Metric.step <= last)
+            points = session.execute(whole.order_by(Metric.step)).all()
+        else:
+            points = session.execute(_thinned(one.where(), (first, last), max_points)).all()
         found.append(
             {
                 "stage": stage,
                 "name": name,
-                "steps": [step for step, _ in kept],
-                "values": [storable(value) for _, value in kept],
+                "steps": [step for step, _ in points],
+                "values": [storable(value) for _, value in points],
                 "num_points": count,
-                "last_step": last_step,
+                "last_step": last,
             }
         )
     return found
 
 
-def thin(points: Iterable[Point], count: int, max_points: int) -> list[Point]:
-    """Return at most `max_points` of `count` points in their order.
+def _thinned(
+    series: list[ColumnElement[bool]], ends: tuple[int, int], max_points: int
+) -> Select[int, float | None]:
+    """Select at most `max_points` points of one series, in their order.
 
-    The first, the last, the lowest and the highest point always stay; between first and last each
-    of equally long stretches gives its lowest and its highest. A gap (value None) stays where a
-    stretch holds nothing else.
+    The first and the last point stay, and the lowest and the highest of each of equally wide
+    stretches of steps between them: so the lowest and highest of all stay too. A gap (value NULL)
+    stays where a stretch holds nothing else. The database does the work: two scans of the primary
+    key, each stretch by itself, whatever the planner knows of the table.
     """
-    points = islice(points, count)  # more may have come since they were counted
-    if count <= max_points:
-        return list(points)
-    stretches = max(1, (max_points - 2) // 2)
-    kept: list[Point] = []
-    stretch: list[Point] = []
-    inner = count - 2
-    for place, point in enumerate(points):
-        if place in (0, count - 1):
-            kept += _extremes(stretch)
-            stretch = []
-            kept.append(point)
-            continue
-        if stretch and (place - 1) * stretches // inner != (place - 2) * stretches // inner:
-            kept += _extremes(stretch)
-            stretch = []
-        stretch.append(point)
-    return kept + _extremes(stretch)
+    first, last = ends
+    width = max(1, -(-(last - first - 1) // max(1, (max_points - 2) // 2)))
+    stretch = select(_step(first + 1).label("begin")).cte("stretch", recursive=True)
+    following = stretch.c.begin + width
+    stretch = stretch.union_all(select(following).where(following < last))
+    inside = select(Metric.step).where(
+        *series,
+        Metric.step >= stretch.c.begin,
+        Metric.step < stretch.c.begin + width,
+        Metric.step < last,
+    )
+    lowest, highest = (
+        inside.order_by(order.nulls_last(), Metric.step).limit(1).correlate(stretch)
+        for order in (Metric.value.asc(), Metric.value.desc())
+    )
+    kept = union(
+        select(lowest.scalar_subquery().label("step")).select_from(stretch),
+        select(highest.scalar_subquery()).select_from(stretch),
+        select(_step(first)),
+        select(_step(last)),
+    ).cte("kept")
+    # Not a join: without statistics Postgres would go through `kept` once for every point.
+    value = select(Metric.value).where(*series, Metric.step == kept.c.step).correlate(kept)
+    chosen = select(kept.c.step, value.scalar_subquery()).where(kept.c.step.is_not(None))
+    return chosen.order_by(kept.c.step)
 
 
-def _extremes(stretch: list[Point]) -> list[Point]:
-    values = [(value, step) for step, value in stretch if value is not None]
-    if not values:
-        return stretch[:1]
-    low, high = min(values), max(values)
-    return [(step, value) for value, step in sorted({low, high}, key=lambda pair: pair[1])]
+def _step(step: int) -> ColumnElement[int]:
+    return cast(literal(step), BigInteger)
 
 
 def lines(database: Database, wanted: Wanted) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from ctune.events import CheckpointSaved, Event, Finished, Metrics, Progress, StageStarted, describe
 from service.db import now_s
 from service.jobs.lifecycle import Lease, enter_phase
-from service.tables import Base, Checkpoint, Dataset, JobEvent, Metric, new_id
+from service.tables import Base, Checkpoint, Job, JobEvent, Metric, new_id
 
 LEVELS = {"warning": "warning", "failed": "error"}
 
@@ -22,7 +22,7 @@ def store_events(
 ) -> None:
     """Store what a child said; the caller has renewed the lease in this transaction.
 
-    Of an ingestion only its progress is kept.
+    Of an ingestion or a calibration only its progress is kept.
 
     Args:
         attempt: whose child it was: the lease's, or an earlier one of which the worker died before
@@ -31,8 +31,10 @@ def store_events(
     """
     if attempt == lease.attempt:
         _store_progress(session, lease, events)
-    if lease.table is Dataset:
+    if lease.table is not Job:
         return
+    if attempt == lease.attempt:
+        _store_newest_metrics(session, lease.id, events)
     said_by = replace(lease, attempt=attempt)
     events = _unheard(session, said_by, events)
     rows = [_event_row(said_by, event) for event in events if not _is_series(event)]
@@ -70,6 +72,21 @@ def _store_progress(session: Session, lease: Lease, events: Sequence[Event]) -> 
     table = lease.table
     written = update(table).where(table.id == lease.id, table.attempt == lease.attempt)
     session.execute(written.values(progress=values).execution_options(synchronize_session=False))
+
+
+def _store_newest_metrics(session: Session, job_id: str, events: Sequence[Event]) -> None:
+    """Keep the last point of each series of the present stage, for those who watch."""
+    found = [event for event in events if isinstance(event, Metrics)]
+    if not found:
+        return
+    newest = session.scalar(select(Job.newest_metrics).where(Job.id == job_id)) or {}
+    for event in found:
+        if newest.get("stage") != event.stage:
+            newest = {"stage": event.stage, "points": {}}
+        point = {name[:64]: {"step": event.step, "value": v} for name, v in event.values.items()}
+        newest = {**newest, "points": newest["points"] | point}
+    written = update(Job).where(Job.id == job_id).values(newest_metrics=newest)
+    session.execute(written.execution_options(synchronize_session=False))
 
 
 def _event_row(lease: Lease, event: Event) -> dict[str, Any]:
@@ -144,3 +161,6 @@ def _store_checkpoint(
         Checkpoint.name.not_in(event.kept),
     )
     session.execute(gone.execution_options(synchronize_session=False))
+    mark = update(Checkpoint).where(Checkpoint.job_id == lease.id)
+    mark = mark.values(best=Checkpoint.name.in_(event.best))
+    session.execute(mark.execution_options(synchronize_session=False))

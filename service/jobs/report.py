@@ -23,17 +23,19 @@ def report(session: Session, job: Job, now: float) -> JsonObject:
     shown = job_object(job, stays)
     model = session.get(Model, job.model_id) if job.model_id else None
     result = job.result or {}
+    evaluation = evaluation_of(session, job)
     return {
         "object": "job.report",
         "job": {key: value for key, value in shown.items() if key not in SHOWN_ALONE},
         "dataset": _dataset(session, job.dataset_id),
         "config": storable(job.config),
-        "evaluation": storable(result.get("evaluation")),
-        "comparison": comparison(result.get("evaluation") or {}),
+        "evaluation": evaluation,
+        "comparison": comparison(evaluation or {}),
         "last_metrics": _last_metrics(session, job.id),
         "warnings": _warnings(session, job.id),
         "stages": _stages(stays, now),
         "image_passes": result.get("image_passes"),
+        "stopped_early": result.get("stopped_early"),
         "train_s": storable(result.get("train_s")),
         "model": model_brief(model) if model else None,
     }
@@ -72,6 +74,24 @@ def _dataset(session: Session, dataset_id: str) -> JsonObject:
     }
 
 
+def evaluation_of(session: Session, job: Job) -> JsonObject | None:
+    """Return the scores before and after; of a job without a result what it has said so far."""
+    result = storable((job.result or {}).get("evaluation"))
+    if result:
+        return dict(result)
+    wanted = select(JobEvent).where(JobEvent.job_id == job.id, JobEvent.kind == "evaluation")
+    said = [storable(event.data) for event in session.scalars(wanted.order_by(JobEvent.id))]
+    found = {one["when"]: one["results"] for one in said if "when" in one}
+    return {"before": found.get("before"), "after": found.get("after")} if found else None
+
+
+def versions(session: Session, job_id: str) -> JsonObject:
+    """Return what the newest attempt ran with, by name."""
+    wanted = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.kind == "started")
+    event = session.scalars(wanted.order_by(JobEvent.id.desc()).limit(1)).first()
+    return {} if event is None else dict(event.data.get("details") or {})
+
+
 def _last_metrics(session: Session, job_id: str) -> list[JsonObject]:
     last = (
         select(Metric.stage, Metric.name, func.max(Metric.step).label("step"))
@@ -95,12 +115,12 @@ def _warnings(session: Session, job_id: str) -> list[JsonObject]:
 
 
 def _stages(stays: list[JobTransition], now: float) -> list[JsonObject]:
-    """Return how long the job was in each status and phase, all attempts together."""
+    """Return how long the job was in each status and phase of running, all attempts together."""
     durations: dict[tuple[str, str | None], float] = {}
     for stay in stays:
-        if stay.status not in ("queued", "running"):
+        if stay.status not in ("queued", "running", "paused"):
             continue
-        place = (stay.status, stay.phase)
+        place = (stay.status, stay.phase if stay.status == "running" else None)
         ended = stay.ended_at if stay.ended_at is not None else now
         durations[place] = durations.get(place, 0.0) + ended - stay.started_at
     return [

@@ -1,4 +1,4 @@
-"""Endpoints of jobs: make, list, look, cancel, metrics, events."""
+"""Endpoints of jobs: make, list, look, cancel, stop, pause, resume, metrics, events."""
 
 from typing import Annotated, Literal
 
@@ -9,9 +9,9 @@ from sqlalchemy.orm import Session
 from starlette.responses import StreamingResponse
 
 from ctune.schema import Fault, JsonObject
-from service.deps import DatabaseDep, ReadSession, WriteSession
+from service.deps import DatabaseDep, ReadSession, SettingsDep, WriteSession
 from service.errors import InvalidError
-from service.jobs import metrics, service, stream
+from service.jobs import control, metrics, service, stream
 from service.jobs.schemas import JobBody, event_object, job_object, job_summary
 from service.pages import PageQuery, Text, list_page
 from service.tables import Job, JobEvent
@@ -19,20 +19,22 @@ from service.tables import Job, JobEvent
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 NDJSON = "application/x-ndjson"
+SSE = "text/event-stream"
 SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
 
 @router.post("", status_code=201)
 def create_job(
     body: Annotated[JobBody, Body()],
     session: WriteSession,
+    settings: SettingsDep,
     request: Request,
     response: Response,
     background: BackgroundTasks,
 ) -> JsonObject:
     """Queue a job. All faults of the body are answered at once, each with its JSON pointer."""
-    job = service.create(session, body)
+    job = service.create(session, settings, body)
     response.headers["location"] = f"/jobs/{job.id}"
     background.add_task(request.app.state.announcer.announce, "job", job.id)
     return _whole(session, job)
@@ -62,8 +64,30 @@ def get_job(job_id: str, session: ReadSession) -> JsonObject:
 
 @router.post("/{job_id}/cancel")
 def cancel_job(job_id: str, session: WriteSession) -> JsonObject:
-    """Cancel a queued job at once; ask the worker of a running one to stop it."""
-    return _whole(session, service.cancel(session, job_id))
+    """Cancel a waiting or paused job at once; ask the worker of a running one to abort it."""
+    return _whole(session, service.ask(session, job_id, control.request_cancel))
+
+
+@router.post("/{job_id}/stop")
+def stop_job(job_id: str, session: WriteSession) -> JsonObject:
+    """Let a running job finish early: its stage ends now, then it is evaluated and exported."""
+    return _whole(session, service.ask(session, job_id, control.request_stop))
+
+
+@router.post("/{job_id}/pause")
+def pause_job(job_id: str, session: WriteSession) -> JsonObject:
+    """Take a waiting job out of the queue; let a running one make a checkpoint and stop there."""
+    return _whole(session, service.ask(session, job_id, control.request_pause))
+
+
+@router.post("/{job_id}/resume")
+def resume_job(
+    job_id: str, session: WriteSession, request: Request, background: BackgroundTasks
+) -> JsonObject:
+    """Put a paused job back into the queue; it goes on from its last checkpoint."""
+    job = service.ask(session, job_id, control.request_resume)
+    background.add_task(request.app.state.announcer.announce, "job", job.id)
+    return _whole(session, job)
 
 
 def _metric_filters(
@@ -74,7 +98,7 @@ def _metric_filters(
     return metrics.Filters(name, stage, after_step)
 
 
-@router.get("/{job_id}/metrics", response_model=None)
+@router.get("/{job_id}/metrics", response_model=None, responses={200: {"content": {NDJSON: {}}}})
 def get_metrics(
     job_id: str,
     session: ReadSession,
@@ -95,7 +119,7 @@ def get_metrics(
     return {"object": "job.metrics", "job": job.id, "series": series}
 
 
-@router.get("/{job_id}/events", response_model=None)
+@router.get("/{job_id}/events", response_model=None, responses={200: {"content": {SSE: {}}}})
 def list_events(
     job_id: str,
     session: ReadSession,
@@ -110,7 +134,7 @@ def list_events(
     up to the event `done`.
     """
     job = service.get(session, job_id)
-    if accepts(request, "text/event-stream"):
+    if accepts(request, SSE):
         after = event_number(last_event_id, "Last-Event-ID") or 0
         state = request.app.state
         events = stream.stream(database, job.id, after=after, stopping=state.stopping.is_set)

@@ -14,7 +14,6 @@ from service.tables import Checkpoint, Job, JobEvent, JobTransition
 
 Key = Annotated[str, Field(min_length=1, max_length=64)]
 Value = Annotated[str, Field(max_length=512)]
-TERMINAL = ("succeeded", "failed", "cancelled")
 
 
 class JobCreate(RunConfig):
@@ -75,6 +74,8 @@ def job_summary(job: Job) -> JsonObject:
         "started_at": seconds(job.started_at),
         "finished_at": seconds(job.finished_at),
         "cancel_requested_at": seconds(job.cancel_requested_at),
+        "pause_requested_at": seconds(job.pause_requested_at),
+        "stop_requested_at": seconds(job.stop_requested_at),
         "progress": storable(job.progress),
         "metadata": job.metadata_,
         "config": storable(job.config),
@@ -118,6 +119,7 @@ def checkpoint_object(checkpoint: Checkpoint) -> JsonObject:
         "attempt": checkpoint.attempt,
         "stage": checkpoint.stage,
         "step": checkpoint.step,
+        "best": checkpoint.best,
         "created_at": seconds(checkpoint.created_at),
         "size_bytes": sum(file.get("size_bytes", 0) for file in checkpoint.files.values()),
         "files": checkpoint.files,

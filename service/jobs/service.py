@@ -1,6 +1,6 @@
 """Rules and queries of jobs; commits nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -13,6 +13,7 @@ from ctune.encoders import (
     ModelEncoder,
     TimmEncoder,
     check_encoder,
+    check_licence,
     check_model_encoder,
 )
 from ctune.manifest import DatasetSummary
@@ -21,8 +22,10 @@ from ctune.methods.linear_probe.config import LinearProbeConfig
 from ctune.schema import Fault
 from service.errors import ConflictError, InvalidError, NotFoundError, not_found
 from service.faults import body_faults, show
-from service.jobs import lifecycle
-from service.jobs.schemas import TERMINAL, JobCreate, Rejected
+from service.jobs import control, lifecycle
+from service.jobs.schemas import JobCreate, Rejected
+from service.jobs.states import TERMINAL
+from service.settings import Settings
 from service.tables import Checkpoint, Dataset, Job, JobTransition, Model, new_id
 
 _ENCODER: TypeAdapter[Any] = TypeAdapter(EncoderConfig)
@@ -30,21 +33,13 @@ _METHOD: TypeAdapter[Any] = TypeAdapter(MethodConfig)
 _STAND_IN = RunConfig(encoder=TimmEncoder(name="vit_tiny_patch16_224"), method=LinearProbeConfig())
 
 
-def create(session: Session, body: JobCreate | Rejected) -> Job:
+def create(session: Session, settings: Settings, body: JobCreate | Rejected) -> Job:
     """Queue a job.
 
     Raises:
         InvalidError: with everything that is wrong with it.
     """
-    if isinstance(body, Rejected):
-        raise InvalidError(body.faults + _faults_of_rest(session, body))
-    try:
-        config = resolve(body.run_config())
-    except ValidationError as error:
-        raise InvalidError(body_faults(error.errors(include_url=False), RunConfig)) from error
-    faults = _faults(session, config, body.dataset)
-    if faults:
-        raise InvalidError(faults)
+    body, config = accepted(session, settings, body)
     job = Job(
         id=new_id("job"),
         name=body.name,
@@ -58,7 +53,27 @@ def create(session: Session, body: JobCreate | Rejected) -> Job:
     return job
 
 
-def _faults_of_rest(session: Session, rejected: Rejected) -> list[Fault]:
+def accepted(
+    session: Session, settings: Settings, body: JobCreate | Rejected
+) -> tuple[JobCreate, RunConfig]:
+    """Return a body that can become a job, with its resolved config.
+
+    Raises:
+        InvalidError: with everything that is wrong with it.
+    """
+    if isinstance(body, Rejected):
+        raise InvalidError(body.faults + _faults_of_rest(session, settings, body))
+    try:
+        config = resolve(body.run_config())
+    except ValidationError as error:
+        raise InvalidError(body_faults(error.errors(include_url=False), RunConfig)) from error
+    faults = _faults(session, settings, config, body.dataset)
+    if faults:
+        raise InvalidError(faults)
+    return body, config
+
+
+def _faults_of_rest(session: Session, settings: Settings, rejected: Rejected) -> list[Fault]:
     """Check the parts of a rejected body that are right by themselves."""
     body = rejected.body if isinstance(rejected.body, dict) else {}
     parts: dict[str, Any] = {"encoder": _STAND_IN.encoder, "method": _STAND_IN.method}
@@ -74,32 +89,41 @@ def _faults_of_rest(session: Session, rejected: Rejected) -> list[Fault]:
         kept.append("/dataset")
     else:
         dataset_id = None
-    faults = _faults(session, RunConfig(**parts), dataset_id)
+    faults = _faults(session, settings, RunConfig(**parts), dataset_id)
     known = {fault.pointer for fault in rejected.faults}
     return [f for f in faults if f.pointer.startswith(tuple(kept)) and f.pointer not in known]
 
 
-def _faults(session: Session, config: RunConfig, dataset_id: str | None) -> list[Fault]:
+def _faults(
+    session: Session, settings: Settings, config: RunConfig, dataset_id: str | None
+) -> list[Fault]:
     encoder = config.encoder
     faults = [] if dataset_id is None else _dataset_faults(session, dataset_id)
+    consent = settings.allow_noncommercial_weights
     if isinstance(encoder, ModelEncoder):
-        faults += _model_faults(session, encoder)
+        faults += _model_faults(session, encoder, consent=consent)
+    elif not consent:
+        faults += _of_encoder(check_licence(encoder))
     if dataset_id is None or (faults and faults[0].pointer == "/dataset"):
-        known = check_encoder(encoder)
-        moved = [f.model_copy(update={"pointer": "/encoder" + f.pointer}) for f in known]
-        return faults + moved
+        return faults + _of_encoder(check_encoder(encoder))
     dataset = session.get_one(Dataset, dataset_id)
     return faults + check(config, DatasetSummary.model_validate(dataset.summary))
 
 
-def _model_faults(session: Session, encoder: ModelEncoder) -> list[Fault]:
+def _model_faults(session: Session, encoder: ModelEncoder, *, consent: bool) -> list[Fault]:
     wanted = select(Model).where(Model.id == checked(encoder.id)).with_for_update(read=True)
     model = session.scalars(wanted).one_or_none()
     if model is None:
         detail = f"there is no model {show(encoder.id)}. GET /models lists those there are."
         return [Fault(pointer="/encoder/id", code="unknown_model", detail=detail)]
     found = check_model_encoder(encoder, model.info)
-    return [f.model_copy(update={"pointer": "/encoder" + f.pointer}) for f in found]
+    if not consent:
+        found += check_licence(encoder, model.info)
+    return _of_encoder(found)
+
+
+def _of_encoder(faults: list[Fault]) -> list[Fault]:
+    return [f.model_copy(update={"pointer": "/encoder" + f.pointer}) for f in faults]
 
 
 def _dataset_faults(session: Session, dataset_id: str) -> list[Fault]:
@@ -146,23 +170,19 @@ def jobs_ahead(session: Session, job: Job) -> int | None:
     return session.scalar(select(func.count()).where(Job.status == "queued", before))
 
 
-def cancel(session: Session, job_id: str) -> Job:
-    """Cancel a job, or ask its worker to.
+def ask(session: Session, job_id: str, request: Callable[[Session, str], Job]) -> Job:
+    """Make one of the requests of `service.jobs.control`.
 
     Raises:
         NotFoundError: there is none with this id.
-        ConflictError: it has ended already.
+        ConflictError: its state does not allow this.
     """
     try:
-        return lifecycle.request_cancel(session, checked(job_id))
-    except lifecycle.NotFoundError as error:
+        return request(session, checked(job_id))
+    except control.NotFoundError as error:
         raise _no_job(job_id) from error
-    except lifecycle.NotCancellableError as error:
-        raise ConflictError(
-            f"the job {job_id} has already {_ended(error.status)}; only queued and running jobs can"
-            " be cancelled. Nothing needs to be done.",
-            code="job_ended",
-        ) from error
+    except control.WrongStateError as error:
+        raise ConflictError(str(error), code=error.code) from error
 
 
 def get_checkpoint(session: Session, checkpoint_id: str) -> Checkpoint:
@@ -190,7 +210,3 @@ def checked(key: str) -> str:
 
 def _no_job(job_id: str) -> NotFoundError:
     return not_found("job", job_id, "/jobs")
-
-
-def _ended(status: str) -> str:
-    return {"cancelled": "been cancelled"}.get(status, status)

@@ -4,6 +4,7 @@ Once on the embedded set-up, once on Postgres and Redis.
 """
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -69,7 +70,9 @@ def job_on(dataset: str, **changes: Any) -> dict[str, Any]:
 def test_from_upload_to_vectors_and_away(service: Running, archive: Path, tmp_path: Path) -> None:
     with Client(service.url) as client:
         dataset = upload(client, archive)
+        told = check_estimate(client, dataset)
         job = run_job(client, dataset)
+        check_steps(client, job, told)
         model = job["result"]["model"]
         check_report(client, job)
         folder = client.models.pull(model, tmp_path / "model")
@@ -77,6 +80,7 @@ def test_from_upload_to_vectors_and_away(service: Running, archive: Path, tmp_pa
         check_vectors(client, model, folder, images)
         check_classes(client, model, images)
         second = retune(client, dataset, model)
+        check_comparison(client, job, second)
         for made in (second, job):
             client.models.delete(made["result"]["model"])
         with pytest.raises(NotFoundError):
@@ -95,6 +99,31 @@ def upload(client: Client, archive: Path) -> str:
     assert (dataset["report"]["num_unreadable"], dataset["report"]["num_junk"]) == (1, 1)
     assert dataset["report"]["unreadable"][0]["path"] == "train/red/broken.png"
     return str(dataset["id"])
+
+
+def check_estimate(client: Client, dataset: str) -> dict[str, Any]:
+    """Ask what the job will take: first the worker measures it, then that is remembered."""
+    told = client.jobs.estimate(job_on(dataset), wait_s=90)
+    assert (told["reason"], told["error"]) == (None, None)
+    amounts = [told["duration_s"], told["memory_bytes"], *told["disk_bytes"].values()]
+    paces = [stage["images_per_s"] for stage in told["stages"]]
+    for amount in [*amounts, *paces, told["measured"]["encode_images_per_s"]]:
+        assert math.isfinite(amount) and amount > 0
+    assert client.jobs.estimate(job_on(dataset, seed=99)) == told, "of no measurement of its own"
+    return told
+
+
+def check_steps(client: Client, job: dict[str, Any], told: dict[str, Any]) -> None:
+    """Compare what the job did with what was estimated."""
+    assert job["result"]["image_passes"] == told["image_passes"]
+    stages = {e["data"]["stage"]: e["data"] for e in events_of(client, job, "stage")}
+    for stage in told["stages"]:
+        assert stages[stage["name"]]["total_steps"] == stage["total_steps"]
+
+
+def events_of(client: Client, job: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    events = client.http.data_of(f"/jobs/{job['id']}/events", {"limit": 100})
+    return [event for event in events if event["type"] == kind]
 
 
 def run_job(client: Client, dataset: str) -> dict[str, Any]:
@@ -132,6 +161,21 @@ def check_report(client: Client, job: dict[str, Any]) -> None:
     names = {series["name"] for series in client.jobs.metrics(job["id"])["series"]}
     assert {"loss", "lr", "train_top1"} <= names
     assert {w["data"]["code"] for w in report["warnings"]} >= {"encoder_from_scratch"}
+    page = client.jobs.report_page(job["id"])
+    for said in ("confusion matrix, After: the model&#39;s classifier", "After: PCA", "last "):
+        assert said in page
+    assert page.count("data:image/webp;base64,") > 50, "neighbours before and after"
+
+
+def check_comparison(client: Client, *jobs: dict[str, Any]) -> None:
+    found = client.jobs.compare([job["id"] for job in jobs])
+    assert [job["method"] for job in found["jobs"]] == ["lacvit", "linear_probe"]
+    assert found["comparable"] and not found["groups"]
+    rows = {(row["protocol"], row["metric"]): row["values"] for row in found["scores"]}
+    expected = [job["result"]["evaluation"]["after"]["knn"]["top1"] for job in jobs]
+    assert [value["after"] for value in rows["knn", "top1"]] == expected
+    with pytest.raises(NotFoundError, match="job_none"):
+        client.jobs.compare([jobs[0]["id"], "job_none"])
 
 
 def check_vectors(client: Client, model: str, folder: Path, images: list[bytes]) -> None:
@@ -209,6 +253,8 @@ def test_command_line_client(service: Running, archive: Path, tmp_path: Path) ->
     assert ctune("datasets", "list")[0]["id"] == dataset["id"]
     body = tmp_path / "job.json"
     body.write_text(json.dumps(job_on("ds_other")))
+    estimate = ctune("jobs", "estimate", body, "--dataset", dataset["id"])
+    assert estimate["duration_s"] > 0
     told = ctune("jobs", "create", body, "--dataset", dataset["id"], "--watch")
     assert told[-1]["event"] == "done"
     job = ctune("jobs", "show", told[0]["id"])

@@ -13,7 +13,7 @@ from ctune.store import StoreWriter
 from service.jobs import lifecycle
 from service.jobs.lifecycle import Ending, Lease
 from service.storage import Storage
-from service.tables import Dataset, Job, Model, new_id
+from service.tables import Dataset, Job, JobEvent, Model, new_id
 
 OWNER = "worker-1"
 ENCODER: JsonObject = {
@@ -117,6 +117,14 @@ def start(session: Session) -> Lease:
     job = lifecycle.claim(session, Job, owner=OWNER, lease_s=60.0, gpus=(0, 0))
     assert job is not None
     return Lease(Job, job.id, job.attempt, OWNER)
+
+
+def add_event(session: Session, job_id: str, kind: str, data: JsonObject) -> None:
+    """Insert a line that a child has said."""
+    event = JobEvent(
+        job_id=job_id, attempt=1, created_at=1.0, kind=kind, level="info", message="", data=data
+    )
+    session.add(event)
 
 
 def add_model(session: Session, storage: Storage, job_id: str | None = None) -> Model:

@@ -203,6 +203,19 @@ def test_the_description_of_the_api(sqlite_api: Api) -> None:
             assert operation.get("description"), f"{method} {path} is not described"
             assert "application/problem+json" in operation["responses"]["default"]["content"]
             assert "422" not in operation["responses"], "that would describe another error body"
+    forms = {
+        path: set(described["paths"][path]["get"]["responses"]["200"]["content"])
+        for path in described["paths"]
+        if path.startswith(("/jobs/", "/checkpoints/")) and "get" in described["paths"][path]
+    }
+    assert {path: found for path, found in forms.items() if found != {"application/json"}} == {
+        "/jobs/compare": {"application/json", "text/html"},
+        "/jobs/{job_id}/events": {"application/json", "text/event-stream"},
+        "/jobs/{job_id}/logs": {"text/plain"},
+        "/jobs/{job_id}/metrics": {"application/json", "application/x-ndjson"},
+        "/jobs/{job_id}/report": {"application/json", "text/html"},
+        "/checkpoints/{checkpoint_id}/download": {"application/zip"},
+    }
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com", ""])

@@ -16,9 +16,11 @@ from sqlalchemy.exc import DBAPIError
 
 from service import db
 from service.db import Database, DatabaseSetupError, DatabaseUnavailableError, make_engine, now_s
+from service.jobs import control
 from service.settings import Settings
-from service.tables import Base, WorkerSeen
+from service.tables import Base, Checkpoint, Job, WorkerSeen
 from tests.servers import Server
+from tests.service import rows
 
 
 def test_the_migrations_make_the_tables_of_the_code(database: Database) -> None:
@@ -36,6 +38,27 @@ def test_downgrade_leaves_nothing(database: Database) -> None:
         db.check_migrated(database)
 
 
+def test_rows_of_the_first_version_outlive_an_upgrade_and_its_undoing(database: Database) -> None:
+    with database.writing() as session:
+        job_id = rows.add_job(session).id
+        control.request_pause(session, job_id)
+        session.add(
+            Checkpoint(
+                id="ckpt_1", job_id=job_id, attempt=1, name="s-1", stage="s", step=1, path="x",
+                files={}, best=True, created_at=0.0,
+            )
+        )  # fmt: skip
+    with database.engine.begin() as connection:
+        command.downgrade(db.alembic_config(connection), "20261120_create_tables")
+        # The first version knows no paused jobs: they would never run, nor end.
+        assert connection.scalar(text("SELECT status FROM jobs")) == "queued"
+        command.upgrade(db.alembic_config(connection), "head")
+    with database.reading() as session:
+        job = session.get_one(Job, job_id)
+        assert (job.pause_requested_at, job.stop_requested_at, job.newest_metrics) == (None,) * 3
+        assert [found.best for found in session.scalars(select(Checkpoint))] == [False]
+
+
 def test_two_processes_may_migrate_at_once(tmp_path: Path, killable_postgres: Server) -> None:
     url = killable_postgres.url.replace("postgresql:", "postgresql+psycopg:")
     for settings in (
@@ -47,6 +70,20 @@ def test_two_processes_may_migrate_at_once(tmp_path: Path, killable_postgres: Se
         migrated = Database(make_engine(settings))
         db.check_migrated(migrated)
         migrated.dispose()
+
+
+def test_many_may_open_a_new_file_at_once(tmp_path: Path) -> None:
+    """The switch to the write-ahead log takes a lock for which SQLite does not wait by itself."""
+
+    def open_and_write(settings: Settings) -> None:
+        engine = make_engine(settings)
+        with engine.begin() as connection:
+            connection.execute(text("CREATE TABLE IF NOT EXISTS opened (n INTEGER)"))
+        engine.dispose()
+
+    with ThreadPoolExecutor(16) as pool:
+        for number in range(10):
+            list(pool.map(open_and_write, [Settings(data_dir=tmp_path / str(number))] * 16))
 
 
 def test_the_database_of_a_newer_version_is_refused(settings: Settings, database: Database) -> None:

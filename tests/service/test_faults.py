@@ -20,7 +20,7 @@ class Cat(Schema):
 
 class Dog(Schema):
     kind: Literal["dog"]
-    friends: list[Cat] = []
+    friends: Annotated[list[Cat], Field(max_length=2)] = []
 
 
 class Home(Schema):
@@ -77,6 +77,11 @@ def test_details_say_the_value_and_what_to_send() -> None:
     )
     assert faults["/pet/lifes"].detail == "there is no `pet.lifes`. Close names: lives."
     assert faults["/rate"].detail == "`rate` is 'fast'; it should be a valid number or be 'auto'."
+
+
+def test_the_words_are_those_of_requests() -> None:
+    detail = found({"pet": {"kind": "dog", "friends": [CAT] * 3}})["/pet/friends"].detail
+    assert detail.endswith("it should have at most 2 items, not 3.")
 
 
 def test_what_stands_inside_something_is_named_so() -> None:

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from service.db import Database
 from service.jobs import lifecycle
 from service.jobs.lifecycle import Lease, Retry
+from service.jobs.states import TERMINAL
 from service.settings import Settings
 from service.storage import Storage
 from service.tables import Dataset, Job, JobTransition, new_id
@@ -22,6 +23,7 @@ RETRY = Retry(max_attempts=3, backoff_s=0.0)
 SCALED: dict[str, Any] = {
     "train_command": STUB,
     "ingest_command": STUB,
+    "calibrate_command": STUB,
     "poll_s": 0.05,
     "beat_s": 0.5,
     "lease_s": 6.0,
@@ -123,7 +125,7 @@ def wait_until(holds: Callable[[], object], timeout_s: float = 20.0) -> None:
 
 def job_ended(database: Database, job_id: str) -> Job:
     """Wait for the end of a job and return it."""
-    wait_until(lambda: get_job(database, job_id).status in lifecycle.TERMINAL)
+    wait_until(lambda: get_job(database, job_id).status in TERMINAL)
     return get_job(database, job_id)
 
 

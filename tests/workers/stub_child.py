@@ -55,6 +55,7 @@ def body(run_dir: RunDir, events: EventWriter, stop: StopRequest) -> dict[str, A
         (run_dir.root / "helper").write_text(str(helper.pid))
     total = max(1, round(stub.get("work_s", 0.0) / STEP_S))
     first = _resume(content.get("resume_from", []))
+    stop.finish_requested |= content.get("finish", False)
     events.write(StageStarted(stage="contrastive", step=first, total_steps=total))
     for step in range(first + 1, total + 1):
         time.sleep(STEP_S)
@@ -64,6 +65,8 @@ def body(run_dir: RunDir, events: EventWriter, stop: StopRequest) -> dict[str, A
             Progress(stage="contrastive", step=step, total_steps=total, fraction=step / total)
         )
         stop.check()
+        if stop.finish_requested:
+            break
     for name in ("first", "second"):
         events.write(
             CheckpointSaved(name=name, stage="contrastive", step=total, files={}, kept=[name])
@@ -90,7 +93,8 @@ def _result(run_dir: RunDir, content: dict[str, Any], stub: dict[str, Any]) -> d
     if stub["mode"] != "no model":
         run_dir.model.mkdir()
         (run_dir.model / "model.json").write_text("{}")
-    seen = {"environment": dict(os.environ), "file": content}
+    steps = _resume([str(run_dir.root), *content.get("resume_from", [])])
+    seen = {"environment": dict(os.environ), "file": content, "steps": steps}
     return {"model": {"embed_dim": 8}, "seen": seen}
 
 

@@ -13,7 +13,7 @@ import pytest
 from pydantic import SecretStr
 
 from service.db import Database, make_engine
-from service.jobs import lifecycle
+from service.jobs import control
 from service.queue import Announcer
 from service.settings import Settings
 from service.storage import Storage
@@ -92,7 +92,7 @@ def test_sigterm_does_not_wait_for_a_stubborn_child(
 def test_cancel(settings: Settings, database: Database, worker: WorkerProcess) -> None:
     job_id = _start_long_job(settings, database)
     with database.writing() as session:
-        lifecycle.request_cancel(session, job_id)
+        control.request_cancel(session, job_id)
     wait_until(lambda: get_job(database, job_id).status == "cancelled")
     assert worker.process.poll() is None
 

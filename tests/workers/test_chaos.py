@@ -24,7 +24,7 @@ from pydantic import SecretStr
 from sqlalchemy import func, select
 
 from service.db import Database, make_engine
-from service.jobs.lifecycle import TERMINAL, TRANSITIONS
+from service.jobs.states import TERMINAL, TRANSITIONS
 from service.queue import Announcer
 from service.settings import Settings
 from service.storage import Storage

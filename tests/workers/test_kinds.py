@@ -10,7 +10,7 @@ from ctune.ingest import IngestFile
 from ctune.pipeline import RunFile
 from ctune.rundir import RunDir
 from service.db import Database, make_engine
-from service.jobs import lifecycle
+from service.jobs import control, lifecycle
 from service.settings import Settings
 from service.storage import Storage
 from service.tables import (
@@ -53,7 +53,8 @@ def test_what_a_job_needs_may_be_gone(
 def test_run_files_are_what_the_children_read(sqlite_settings: Settings, tmp_path: Path) -> None:
     database = Database(make_engine(sqlite_settings))
     storage = Storage(sqlite_settings.data_dir).create()
-    context = Context(sqlite_settings, database, storage, "w")
+    settings = sqlite_settings.model_copy(update={"allow_noncommercial_weights": True})
+    context = Context(settings, database, storage, "w")
     encoder = {"source": "model", "id": "mdl_1"}
     storage.model("mdl_1").mkdir()
     with database.writing() as session:
@@ -68,6 +69,7 @@ def test_run_files_are_what_the_children_read(sqlite_settings: Settings, tmp_pat
     training.prepare()
     run_file = RunFile.model_validate_json(training.run_dir.config.read_text())
     assert run_file.encoder_dir == storage.model("mdl_1")
+    assert run_file.allow_noncommercial_weights
     database.dispose()
 
 
@@ -164,7 +166,7 @@ def test_an_ended_training_leaves_no_decoded_images(
     _cache(runs[1])
     if status == "cancelled":
         with database.writing() as session:
-            lifecycle.request_cancel(session, job_id)
+            control.request_cancel(session, job_id)
     assert job_ended(database, job_id).status == status
     wait_until(lambda: not any(run.cache.exists() for run in runs))
     assert runs[0].checkpoints.is_dir()
@@ -183,7 +185,7 @@ def test_a_job_that_is_cancelled_as_its_worker_stops_leaves_no_decoded_images(
     stopping.start()
     time.sleep(0.3)  # the child was asked to end; it has a second
     with database.writing() as session:
-        lifecycle.request_cancel(session, job_id)
+        control.request_cancel(session, job_id)
     stopping.join()
     assert get_job(database, job_id).status == "cancelled"
     assert not run.cache.exists()

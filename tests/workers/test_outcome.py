@@ -13,6 +13,7 @@ FINAL = Failed(code="diverged", message="loss is NaN", fault="user")
 STOPPED = Stopped(reason="lease lost")
 METRICS = Metrics(stage="s", step=1, values={})
 CANCEL, WORKER, LONG = StopReason.CANCEL, StopReason.WORKER, StopReason.MAX_DURATION
+PAUSE = StopReason.PAUSE
 KILLED = -signal.SIGKILL
 
 
@@ -23,16 +24,19 @@ KILLED = -signal.SIGKILL
         (FINISHED, KILLED, None, Action.SUCCEED, None),
         (FINISHED, 0, CANCEL, Action.SUCCEED, None),
         (FINISHED, KILLED, WORKER, Action.SUCCEED, None),
+        (FINISHED, 0, PAUSE, Action.SUCCEED, None),
         (RETRYABLE, 1, None, Action.REPEAT, "disk_full"),
         (RETRYABLE, 1, CANCEL, Action.REPEAT, "disk_full"),
         (FINAL, 1, None, Action.FAIL, "diverged"),
         (FINAL, 0, WORKER, Action.FAIL, "diverged"),
         (STOPPED, 0, CANCEL, Action.CANCEL, None),
         (STOPPED, 0, WORKER, Action.RELEASE, None),
+        (STOPPED, 0, PAUSE, Action.RELEASE, None),
         (STOPPED, 0, LONG, Action.FAIL, "max_duration"),
         (STOPPED, 0, None, Action.REPEAT, "stopped"),
         (None, KILLED, CANCEL, Action.CANCEL, None),
         (None, KILLED, WORKER, Action.RELEASE, None),
+        (None, KILLED, PAUSE, Action.RELEASE, None),
         (None, KILLED, LONG, Action.FAIL, "max_duration"),
         (None, 0, None, Action.FAIL, "no_result"),
         (METRICS, 0, None, Action.FAIL, "no_result"),

@@ -8,7 +8,7 @@ from pydantic import SecretStr
 from sqlalchemy import func, select, update
 
 from service.db import Database, make_engine, migrate
-from service.jobs import lifecycle
+from service.jobs import control, lifecycle
 from service.settings import Settings
 from service.storage import Storage
 from service.tables import (
@@ -42,7 +42,7 @@ def test_cancel(
     start_supervisor(beat_s=60.0)
     job_running(database, settings, job_id, "step" if mode == "finish" else "ignoring")
     with database.writing() as session:
-        lifecycle.request_cancel(session, job_id)
+        control.request_cancel(session, job_id)
     job = job_ended(database, job_id)
     assert (job.status, job.error, job.attempt) == ("cancelled", None, 1)
 

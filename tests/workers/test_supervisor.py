@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import func, select
 
 from service.db import Database
-from service.jobs import lifecycle
+from service.jobs.states import TERMINAL
 from service.settings import Settings
 from service.storage import Storage
 from service.tables import (
@@ -64,6 +64,8 @@ def test_a_job_runs_to_its_model(
         "resume_from": [],
         "encoder_dir": None,
         "job_id": job_id,
+        "finish": False,
+        "allow_noncommercial_weights": False,
     }
     assert not (run / "model").exists()
     with database.reading() as session:
@@ -159,13 +161,15 @@ def test_slots_and_gpus_bound_what_runs_at_once(
     wide = add_jobs(database, gpus=2)[0]
     start_supervisor(slots=3, gpus="0,1")
     most = 0
-    while get_job(database, ids[-1]).status not in lifecycle.TERMINAL:
+    while get_job(database, ids[-1]).status not in TERMINAL:
         with database.reading() as session:
             running = session.scalars(select(Job).where(Job.status == "running")).all()
         most = max(most, sum(1 if job.gpus is None else job.gpus for job in running))
         time.sleep(0.05)
     assert most == 2
-    assert job_ended(database, wide).status == "succeeded"
+    result = job_ended(database, wide).result
+    assert result is not None
+    assert sorted(result["seen"]["environment"]["CUDA_VISIBLE_DEVICES"].split(",")) == ["0", "1"]
 
 
 @on_sqlite

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import select
 
 from service.db import Database
-from service.jobs import lifecycle
+from service.jobs import control, lifecycle
 from service.jobs.lifecycle import Ending
 from service.queue import Announcer
 from service.settings import Settings
@@ -111,9 +111,27 @@ def test_a_cancelled_job_that_had_run_before_leaves_no_decoded_images(
     purge(context)
     assert (run / "cache").exists()
     with database.writing() as session:
-        lifecycle.request_cancel(session, job_id)
+        control.request_cancel(session, job_id)
     purge(context)
     assert [path.name for path in run.iterdir()] == ["file"]
+
+
+def test_a_paused_job_keeps_all_it_needs_to_go_on(
+    context: Context, root: Path, database: Database
+) -> None:
+    (job_id,) = add_jobs(database)
+    lease = claim_job(database)
+    with database.writing() as session:
+        control.request_pause(session, job_id)
+        lifecycle.release(session, lease, "")
+        session.add(_checkpoint(job_id, 1))
+    run = _make(root / "jobs" / job_id / "a1" / "checkpoints")
+    purge(context, young_s=0.0)
+    Sweeper(context, Announcer(context.settings), wake=lambda: None).sweep()
+    assert get_job(database, job_id).status == "paused"
+    assert (run / "file").exists()
+    with database.reading() as session:
+        assert len(session.scalars(select(Checkpoint)).all()) == 1
 
 
 def test_the_thread_sweeps_until_it_is_stopped(context: Context, database: Database) -> None:
@@ -196,6 +214,27 @@ def test_job_runs(context: Context, root: Path, database: Database) -> None:
     assert sorted(tuple(row) for row in kept) == [(running, 1), (running, 2)]
 
 
+def test_an_earlier_attempt_with_the_best_checkpoint_stays(
+    context: Context, root: Path, database: Database
+) -> None:
+    (job,) = add_jobs(database)
+    for _ in range(2):
+        lease = claim_job(database)
+        with database.writing() as session:
+            lifecycle.release(session, lease, "")
+    lease = claim_job(database)
+    with database.writing() as session:
+        for attempt in (1, 2, 3):
+            session.add(_checkpoint(job, attempt, best=attempt == 2))
+            _make(root / "jobs" / job / f"a{attempt}")
+        lifecycle.finish(session, lease, Ending("succeeded"))
+    purge(context)
+    assert {path.name for path in (root / "jobs" / job).iterdir()} == {"a2", "a3"}
+    with database.reading() as session:
+        kept = session.scalars(select(Checkpoint.attempt).order_by(Checkpoint.attempt))
+        assert kept.all() == [2, 3]
+
+
 def test_workers_not_seen_for_long(context: Context, database: Database) -> None:
     with database.writing() as session:
         session.add(WorkerSeen(id="old", seen_at=1.0, info={}))
@@ -205,7 +244,7 @@ def test_workers_not_seen_for_long(context: Context, database: Database) -> None
         assert session.scalars(select(WorkerSeen.id)).all() == ["new"]
 
 
-def _checkpoint(job_id: str, attempt: int) -> Checkpoint:
+def _checkpoint(job_id: str, attempt: int, *, best: bool = False) -> Checkpoint:
     return Checkpoint(
         id=f"ckpt_{job_id[-4:]}_{attempt}",
         job_id=job_id,
@@ -215,5 +254,6 @@ def _checkpoint(job_id: str, attempt: int) -> Checkpoint:
         step=1,
         path="x",
         files={},
+        best=best,
         created_at=0.0,
     )

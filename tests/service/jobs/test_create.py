@@ -78,7 +78,7 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         "/encoder/options/checkpoint_path",
         "unknown_option",
     ),
-    ("several GPUs", {"resources": {"gpus": 2}}, "/resources/gpus", "out_of_range"),
+    ("too many GPUs", {"resources": {"gpus": 65}}, "/resources/gpus", "out_of_range"),
     (
         "unknown model",
         {"encoder": {"source": "model", "id": "mdl_x"}},
@@ -187,6 +187,40 @@ def test_a_model_can_be_the_encoder(api: Api) -> None:
     encoder["image_size_px"] = 44
     found = faults(api.client.post("/jobs", json=rows.job_body(dataset, encoder=encoder)))
     assert found["/encoder/image_size_px"]["code"] == "size_not_multiple_of_patch"
+
+
+def test_weights_that_forbid_commercial_use_need_the_operators_consent(sqlite_api: Api) -> None:
+    api, dataset = sqlite_api, ready(sqlite_api)
+    with api.database.writing() as session:
+        model = rows.add_model(session, api.storage)
+        model.info = {**model.info, "licence": "cc-by-nc-4.0"}
+        tuned = {"source": "model", "id": model.id}
+    names = ["vit_base_patch16_224.mae", "hiera_tiny_224"]
+    wanted = [{"source": "timm", "name": name} for name in names] + [tuned]
+    bodies = [rows.job_body(dataset, encoder=encoder) for encoder in wanted]
+    for body in bodies:
+        for url in ("/jobs", "/jobs/estimate"):
+            (fault,) = faults(api.client.post(url, json=body)).values()
+            assert fault["code"] == "noncommercial_weights"
+            assert "cc-by-nc-4.0" in fault["detail"]
+    free = [
+        {"source": "timm", "name": names[0], "pretrained": False},
+        {"source": "timm", "name": names[0].removesuffix(".mae")},
+    ]
+    for encoder in free:
+        assert_created(api, rows.job_body(dataset, encoder=encoder))
+    consenting = api.settings.model_copy(update={"allow_noncommercial_weights": True})
+    before, api.app.state.settings = api.app.state.settings, consenting
+    try:
+        for body in bodies:
+            assert_created(api, body)
+    finally:
+        api.app.state.settings = before
+
+
+def assert_created(api: Api, body: dict[str, Any]) -> None:
+    answer = api.client.post("/jobs", json=body)
+    assert answer.status_code == 201, answer.text
 
 
 @pytest.mark.parametrize("body", ["{", "", '{"a": 1e5', "[1]", "3", "null", '"x"', "{'a': 1}"])

@@ -10,8 +10,10 @@ import pytest
 from sqlalchemy import insert, update
 
 from ctune.client_http import Http, ServerEvent, lines_of, parse_events
-from service.jobs import lifecycle, stream
+from ctune.events import Metrics
+from service.jobs import control, lifecycle, stream
 from service.jobs.lifecycle import Ending
+from service.jobs.recorder import store_events
 from service.tables import Job, JobEvent
 from tests.service import rows
 from tests.service.conftest import Api
@@ -127,6 +129,66 @@ def test_events_arrive_while_the_job_runs(api: Api, monkeypatch: pytest.MonkeyPa
     progress = [event for _, event in arrived if event.kind == "progress"]
     assert [event.data["data"]["fraction"] for event in progress] == [0.5, 0.75]
     assert progress[0].id == "" and progress[0].data["status"] == "running"
+
+
+def test_newest_metrics_come_at_most_once_a_second(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "LOOK_S", 0.02)
+    job, lease = running_job(api)
+
+    def tell(*metrics: Metrics) -> None:
+        with api.database.writing() as session:
+            numbered = [event.model_copy(update={"seq": event.step}) for event in metrics]
+            store_events(session, lease, numbered, checkpoints="x", attempt=1)
+
+    tell(*(Metrics(stage="s", step=n, values={"loss": 1.0 / n, "lr": 0.5}) for n in (1, 2)))
+    http = Http(str(api.client.base_url))
+    events = http.events(f"/jobs/{job}/events")
+    first = next(event for event in events if event.kind == "metrics")
+    assert first.id == "" and first.data["status"] == "running"
+    newest = [{"name": "loss", "step": 2, "value": 0.5}, {"name": "lr", "step": 2, "value": 0.5}]
+    assert first.data["data"]["stage"] == "s"
+    assert sorted(first.data["data"]["points"], key=lambda point: point["name"]) == newest
+    for n in (3, 4, 5):
+        tell(Metrics(stage="s", step=n, values={"loss": None if n == 5 else 0.25}))
+    finish(api, lease)
+    rest = list(events)
+    http.close()
+    assert [event.kind for event in rest] == ["status", "metrics", "done"]
+    assert rest[1].data["data"]["points"] == [{"name": "loss", "step": 5, "value": None}]
+
+
+def test_the_newest_metrics_are_those_of_the_stage(api: Api) -> None:
+    newest = stream.NewestMetrics()
+    point = {"step": 1, "value": 0.5}
+    first = {"stage": "a", "points": {"loss": point}}
+    assert newest.unsaid(None, at_once=True) is None
+    assert newest.unsaid(first, at_once=False) == {
+        "stage": "a",
+        "points": [{"name": "loss", **point}],
+    }
+    assert newest.unsaid(first, at_once=True) is None, "nothing new"
+    second = first | {"stage": "b"}
+    assert newest.unsaid(second, at_once=False) is None, "too soon"
+    assert newest.unsaid(second, at_once=True) is not None, "the same point of another stage"
+
+
+def test_a_pause_is_not_the_end_of_a_stream(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "LOOK_S", 0.02)
+    job, lease = running_job(api)
+    http = Http(str(api.client.base_url))
+    events = http.events(f"/jobs/{job}/events")
+    with api.database.writing() as session:
+        control.request_pause(session, job)
+        lifecycle.release(session, lease, "")
+    until_paused = [next(events).data["message"] for _ in range(4)]
+    assert until_paused[-2:] == ["pausing was asked for", "paused"]
+    with api.database.writing() as session:
+        control.request_resume(session, job)
+        control.request_cancel(session, job)
+    assert [event.kind for event in events] == ["status", "status", "done"]
+    http.close()
 
 
 def test_a_quiet_stream_is_kept_alive_and_leaves_no_transaction_open(

@@ -7,8 +7,9 @@ import pytest
 from sqlalchemy import select
 
 from service.db import Database
-from service.jobs import lifecycle
-from service.jobs.lifecycle import Beat, Ending, Lease, NotCancellableError, NotFoundError, Retry
+from service.jobs import control, lifecycle
+from service.jobs.control import NotFoundError, WrongStateError
+from service.jobs.lifecycle import Beat, Ending, Lease, Retry
 from service.tables import Job, JobEvent, Model
 from tests.workers.rows import (
     RETRY,
@@ -71,8 +72,27 @@ def test_a_job_waits_for_its_time_and_its_gpus(database: Database) -> None:
             return row.id if row else None
 
     assert [claimed(0, 2), claimed(0, 2)] == [none, None]
-    assert [claimed(1, 2), claimed(1, 2)] == [unsaid, None]
+    assert claimed(1, 2) is None, "the second GPU is kept for the older job that needs two"
+    assert [claimed(1, 1), claimed(1, 1)] == [unsaid, None]
     assert [claimed(2, 2), claimed(2, 2)] == [two, None]
+
+
+def test_a_job_that_waits_for_gpus_holds_up_only_later_ones_that_need_gpus(
+    database: Database,
+) -> None:
+    with database.writing() as session:
+        earlier = add_job(session, gpus=1).id
+        add_job(session, gpus=2)
+        add_job(session, gpus=1)
+        without = add_job(session, gpus=0).id
+        urgent = add_job(session, gpus=1, priority=1).id
+
+    def claimed() -> str | None:
+        with database.writing() as session:
+            row = lifecycle.claim(session, Job, owner="w", lease_s=9, gpus=(1, 2))
+            return row.id if row else None
+
+    assert [claimed() for _ in range(4)] == [urgent, earlier, without, None]
 
 
 def test_claimers_never_share_a_job(database: Database) -> None:
@@ -178,13 +198,13 @@ def test_a_released_attempt_does_not_count(database: Database) -> None:
 def test_cancelling_a_waiting_job_is_immediate(database: Database) -> None:
     (job_id,) = add_jobs(database)
     with database.writing() as session:
-        assert lifecycle.request_cancel(session, job_id).status == "cancelled"
+        assert control.request_cancel(session, job_id).status == "cancelled"
     with database.writing() as session:
         assert lifecycle.claim(session, Job, owner="w", lease_s=9, gpus=(0, 0)) is None
-        with pytest.raises(NotCancellableError, match="it is cancelled"):
-            lifecycle.request_cancel(session, job_id)
+        with pytest.raises(WrongStateError, match="already been cancelled"):
+            control.request_cancel(session, job_id)
         with pytest.raises(NotFoundError, match="job_none"):
-            lifecycle.request_cancel(session, "job_none")
+            control.request_cancel(session, "job_none")
 
 
 @pytest.mark.parametrize("way", ["release", "requeue", "reap", "finish"])
@@ -192,9 +212,9 @@ def test_a_cancelled_running_job_is_not_repeated(database: Database, way: str) -
     (job_id,) = add_jobs(database)
     lease = claim_job(database)
     with database.writing() as session:
-        assert lifecycle.request_cancel(session, job_id).status == "running"
-        lifecycle.request_cancel(session, job_id)  # twice is harmless
-        assert lifecycle.cancel_requests(session, "w") == [job_id]
+        assert control.request_cancel(session, job_id).status == "running"
+        control.request_cancel(session, job_id)  # twice is harmless
+        assert lifecycle.wishes_of_clients(session, "w") == {job_id: Beat.CANCEL}
         assert lifecycle.beat(session, lease, 60) is Beat.CANCEL
     if way == "reap":
         end_lease(database, job_id)
@@ -211,8 +231,8 @@ def test_a_cancelled_running_job_is_not_repeated(database: Database, way: str) -
     expected = "succeeded" if way == "finish" else "cancelled"
     job = get_job(database, job_id)
     assert (job.status, job.error) == (expected, None)
-    with database.writing() as session, pytest.raises(NotCancellableError):
-        lifecycle.request_cancel(session, job_id)
+    with database.writing() as session, pytest.raises(WrongStateError):
+        control.request_cancel(session, job_id)
 
 
 def test_cancel_races_with_the_end_and_one_of_them_wins(database: Database) -> None:
@@ -224,7 +244,7 @@ def test_cancel_races_with_the_end_and_one_of_them_wins(database: Database) -> N
         def cancel(job_id: str = job_id, start: threading.Barrier = start) -> None:
             start.wait()
             with database.writing() as session:
-                lifecycle.request_cancel(session, job_id)
+                control.request_cancel(session, job_id)
 
         canceller = threading.Thread(target=cancel)
         canceller.start()

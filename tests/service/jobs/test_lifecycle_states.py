@@ -1,16 +1,20 @@
 """Random histories of jobs against a model of the state graph, on a real SQLite."""
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from sqlalchemy.orm import Session
 
 from service.db import Database, make_engine, migrate
-from service.jobs import lifecycle
-from service.jobs.lifecycle import TERMINAL, Beat, Ending, Lease, NotCancellableError, Retry
+from service.jobs import control, lifecycle
+from service.jobs.control import WrongStateError
+from service.jobs.lifecycle import Beat, Ending, Lease, Retry
+from service.jobs.states import TERMINAL
 from service.settings import Settings
 from service.tables import Job, Model
 from tests.workers.rows import add_job, end_lease, get_job, stays
@@ -27,9 +31,15 @@ class Known:
     attempt: int = 0
     lost: int = 0
     cancel: bool = False
+    pause: bool = False
+    stop: bool = False
 
     def back(self) -> None:
-        self.status = "cancelled" if self.cancel else "queued"
+        self.status = "cancelled" if self.cancel else "paused" if self.pause else "queued"
+
+    def wish(self) -> Beat:
+        wishes = {Beat.CANCEL: self.cancel, Beat.PAUSE: self.pause, Beat.FINISH: self.stop}
+        return next((wish for wish, asked in wishes.items() if asked), Beat.GO_ON)
 
     def lose(self) -> None:
         self.lost += 1
@@ -79,8 +89,7 @@ class Lives(RuleBasedStateMachine):
             with self.database.writing() as session:
                 beat = lifecycle.beat(session, lease, 60)
             job = self.known[lease.id]
-            held = Beat.CANCEL if job.cancel else Beat.GO_ON
-            assert beat is (held if self._holds(lease) else Beat.LOST)
+            assert beat is (job.wish() if self._holds(lease) else Beat.LOST)
 
     @rule(lease=leases, status=st.sampled_from(["succeeded", "failed"]))
     def finish(self, lease: Lease | None, status: str) -> None:
@@ -120,20 +129,57 @@ class Lives(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 9))
     def cancel(self, number: int) -> None:
+        job = self._ask(number, control.request_cancel, lambda job: True)
+        if job is not None:
+            job.cancel = True
+            if job.status != "running":
+                job.status = "cancelled"
+
+    @rule(number=st.integers(0, 9))
+    def stop(self, number: int) -> None:
+        job = self._ask(
+            number,
+            control.request_stop,
+            lambda job: not job.cancel and (job.stop or job.status == "running"),
+        )
+        if job is not None:
+            job.stop = True
+
+    @rule(number=st.integers(0, 9))
+    def pause(self, number: int) -> None:
+        job = self._ask(number, control.request_pause, lambda job: not job.cancel)
+        if job is not None:
+            job.pause = True
+            if job.status == "queued":
+                job.status = "paused"
+
+    @rule(number=st.integers(0, 9))
+    def resume(self, number: int) -> None:
+        job = self._ask(number, control.request_resume, lambda job: not job.cancel and job.pause)
+        if job is not None:
+            job.pause = False
+            if job.status == "paused":
+                job.status = "queued"
+
+    def _ask(
+        self,
+        number: int,
+        request: Callable[[Session, str], Job],
+        allowed: Callable[[Known], bool],
+    ) -> Known | None:
+        """Ask something of a job; return it if that was granted, which `allowed` foretells."""
         if not self.known:
-            return
+            return None
         job_id = sorted(self.known)[number % len(self.known)]
         job = self.known[job_id]
+        granted = True
         try:
             with self.database.writing() as session:
-                lifecycle.request_cancel(session, job_id)
-        except NotCancellableError:
-            assert job.status in TERMINAL
-            return
-        assert job.status not in TERMINAL
-        job.cancel = True
-        if job.status == "queued":
-            job.status = "cancelled"
+                request(session, job_id)
+        except WrongStateError:
+            granted = False
+        assert granted == (job.status not in TERMINAL and allowed(job))
+        return job if granted else None
 
     @invariant()
     def rows_are_as_known(self) -> None:

@@ -1,16 +1,22 @@
 """Metrics: columns that stay true when they are thinned, and every point as a line."""
 
+import itertools
 import json
 import math
-import random
+import shutil
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import insert
+from sqlalchemy import delete, insert, text
 
-from service.jobs.metrics import Point, thin
+from service.db import Database, make_engine
+from service.jobs.metrics import Filters, Wanted, columns
+from service.settings import Settings
 from service.tables import Metric
 from tests.service import rows
 from tests.service.conftest import Api
@@ -96,27 +102,77 @@ def test_wrong_queries(api: Api, query: dict[str, Any]) -> None:
 
 
 VALUES = st.one_of(st.none(), st.floats(-1e6, 1e6))
+GAPS = st.one_of(st.just(1), st.integers(1, 50), st.just(10**6))
+POINTS = st.lists(st.tuples(GAPS, VALUES), min_size=1, max_size=120)
 
 
-@given(st.lists(VALUES, min_size=1, max_size=400), st.integers(4, 60))
-def test_thinning_keeps_ends_extremes_and_order(values: list[float | None], most: int) -> None:
-    points: list[Point] = list(enumerate(values))
-    kept = thin(points, len(points), most)
-    assert len(kept) <= most and set(kept) <= set(points)
-    assert kept == sorted(kept, key=lambda point: point[0])
-    assert kept[0] == points[0] and kept[-1] == points[-1]
-    known = [value for value in values if value is not None]
+@pytest.fixture(scope="module")
+def series(
+    migrated_sqlite: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Database, str]]:
+    """A database, and a job in it, for many small series one after the other."""
+    data_dir = tmp_path_factory.mktemp("series")
+    shutil.copy(migrated_sqlite, data_dir / "ctune.sqlite")
+    database = Database(make_engine(Settings(data_dir=data_dir)))
+    with database.writing() as session:
+        job = rows.add_job(session).id
+    yield database, job
+    database.dispose()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(points=POINTS, most=st.integers(4, 40))
+def test_thinning_keeps_ends_extremes_and_order(
+    series: tuple[Database, str], points: list[tuple[int, float | None]], most: int
+) -> None:
+    database, job = series
+    steps = list(itertools.accumulate(gap for gap, _ in points))
+    given_points = list(zip(steps, (value for _, value in points), strict=True))
+    fixed = {"job_id": job, "stage": "s", "name": "x", "attempt": 1, "created_at": 0.0}
+    with database.writing() as session:
+        session.execute(delete(Metric))
+        found = [{**fixed, "step": step, "value": value} for step, value in given_points]
+        session.execute(insert(Metric), found)
+    with database.reading() as session:
+        (thinned,) = columns(session, Wanted(job, Filters()), most)
+    kept = list(zip(thinned["steps"], thinned["values"], strict=True))
+    assert len(kept) <= most and set(kept) <= set(given_points)
+    assert kept == sorted(kept, key=lambda point: point[0]), "in order, none twice"
+    assert kept[0] == given_points[0] and kept[-1] == given_points[-1]
+    assert (thinned["num_points"], thinned["last_step"]) == (len(points), steps[-1])
+    known = [value for _, value in given_points if value is not None]
     if known:
         assert {min(known), max(known)} <= {value for _, value in kept}
     if len(points) <= most:
-        assert kept == points
+        assert kept == given_points
 
 
-def test_thinning_uses_what_it_may() -> None:
-    points: list[Point] = [(n, random.Random(n).random()) for n in range(100_000)]
-    assert 990 <= len(thin(points, len(points), 1_000)) <= 1_000
+def test_a_gap_stays_a_gap(api: Api) -> None:
+    job = new_job(api)
+    values: list[float | None] = [float(n % 10) for n in range(3000)]
+    values[1001:2001] = [None] * 1000
+    add_metrics(api, job, "s", "loss", values)
+    found = api.client.get(f"/jobs/{job}/metrics", params={"max_points": 62}).json()["series"][0]
+    assert len(found["steps"]) == 52, "10 stretches of 30 hold nothing, 20 a lowest and a highest"
+    assert [1001 <= step < 2001 for step in found["steps"]].count(True) == 10
+    assert found["values"].count(None) == 10
 
 
-def test_points_that_come_while_looking_are_left_for_the_next_look() -> None:
-    points: list[Point] = [(n, float(n)) for n in range(20)]
-    assert thin(points, 10, 4)[-1] == (9, 9.0)
+def test_long_series_are_thinned_by_the_database(api: Api) -> None:
+    """Half a million points cost this process next to no memory."""
+    job, count = new_job(api), 500_000
+    points = f"SELECT '{job}', 's', 'loss', n, abs(n - 123456), 1, 0.0 FROM c"
+    last = count - 1
+    numbers = f"WITH RECURSIVE c(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM c WHERE n < {last})"
+    names = "(job_id, stage, name, step, value, attempt, created_at)"
+    with api.database.writing() as session:
+        session.execute(text(f"INSERT INTO metrics {names} {numbers} {points}"))
+    tracemalloc.start()
+    with api.database.reading() as session:
+        (found,) = columns(session, Wanted(job, Filters()), 1000)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 5e6
+    assert 990 <= len(found["steps"]) <= 1000
+    assert found["num_points"] == count
+    assert dict(zip(found["steps"], found["values"], strict=True))[123_456] == 0.0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import insert
 
-from service.jobs import lifecycle
+from service.jobs import control, lifecycle
 from service.jobs.lifecycle import Ending
 from service.jobs.report import comparison
 from service.tables import Checkpoint, JobEvent, Metric, new_id
@@ -218,3 +218,17 @@ def test_the_comparison_of_what_is_only_on_one_side() -> None:
     assert found["knn", "top1"]["after"] is None and found["knn", "top1"]["difference"] is None
     assert found["probe", "top1"]["before"] is None
     assert comparison({"before": None, "after": {}}) == []
+
+
+def test_the_report_of_a_paused_job(api: Api) -> None:
+    with api.database.writing() as session:
+        job = rows.add_job(session).id
+        lease = rows.start(session)
+        lifecycle.enter_phase(session, lease, "contrastive")
+        control.request_pause(session, job)
+        lifecycle.release(session, lease, "")
+    found = api.client.get(f"/jobs/{job}/report").json()
+    stays = [(stage["status"], stage["phase"]) for stage in found["stages"]]
+    assert stays[-2:] == [("running", "contrastive"), ("paused", None)]
+    page = api.client.get(f"/jobs/{job}/report", headers={"accept": "text/html"}).text
+    assert "The job is paused" in page

@@ -150,3 +150,19 @@ def test_an_earlier_attempt_that_is_read_again_keeps_its_checkpoints(database: D
     _store(database, lease, SAID[:6])  # up to the checkpoint that was pruned since
     with database.reading() as session:
         assert session.scalars(select(Checkpoint.id)).all() == before
+
+
+def test_the_best_checkpoint_of_each_stage_is_marked(database: Database) -> None:
+    add_jobs(database)
+    lease = claim_job(database)
+
+    def saved(name: str, step: int, best: list[str]) -> CheckpointSaved:
+        return CheckpointSaved(
+            name=name, stage="contrastive", step=step, files={}, kept=["a", "b", "c"], best=best
+        )
+
+    events = _numbered(saved("a", 1, ["a"]), saved("b", 2, ["b"]), saved("c", 3, ["b"]))
+    _store(database, lease, events)
+    with database.reading() as session:
+        found = session.execute(select(Checkpoint.name, Checkpoint.best)).all()
+    assert {(name, best) for name, best in found} == {("a", False), ("b", True), ("c", False)}

@@ -125,6 +125,40 @@ def test_cancel_a_running_job(api: Api) -> None:
         assert shown["status"] == "running" and shown["cancel_requested_at"] is not None
 
 
+def test_stop_pause_and_resume(api: Api) -> None:
+    with api.database.writing() as session:
+        job = rows.add_job(session).id
+
+    def ask(what: str, status: int = 200) -> dict[str, Any]:
+        answer = api.client.post(f"/jobs/{job}/{what}")
+        if status == 200:
+            assert answer.status_code == 200, answer.text
+            return dict(answer.json())
+        assert answer.headers["x-should-retry"] == "false"
+        return problem(answer, status)
+
+    said = ask("stop", 409)
+    assert said["error"]["code"] == "job_not_running" and f"/jobs/{job}/cancel" in said["detail"]
+    assert ask("resume", 409)["error"]["code"] == "job_not_paused"
+    paused = ask("pause")
+    assert paused["status"] == "paused" and paused["queue"] is None
+    assert isinstance(paused["pause_requested_at"], int)
+    listed = api.client.get("/jobs", params={"status": "paused"}).json()["data"]
+    assert [found["id"] for found in listed] == [job]
+    assert f"/jobs/{job}/resume" in ask("stop", 409)["detail"]
+    resumed = ask("resume")
+    assert resumed["status"] == "queued" and resumed["queue"]["position"] == 1
+    assert resumed["pause_requested_at"] is None
+    with api.database.writing() as session:
+        rows.start(session)
+    stopping = ask("stop")
+    assert stopping["status"] == "running" and isinstance(stopping["stop_requested_at"], int)
+    assert ask("stop")["stop_requested_at"] == stopping["stop_requested_at"]
+    ask("cancel")
+    for what in ("stop", "pause", "resume"):
+        assert ask(what, 409)["error"]["code"] == "job_cancelling"
+
+
 @pytest.mark.parametrize("status", ["succeeded", "failed"])
 def test_an_ended_job_cannot_be_cancelled(api: Api, status: str) -> None:
     with api.database.writing() as session:
@@ -133,15 +167,18 @@ def test_an_ended_job_cannot_be_cancelled(api: Api, status: str) -> None:
         error = {"code": "crashed", "message": "killed"} if status == "failed" else None
         assert lifecycle.finish(session, lease, Ending(status, error=error))
     said = problem(api.client.post(f"/jobs/{job}/cancel"), 409)
-    assert status in said["detail"] and "queued and running" in said["detail"]
+    assert status in said["detail"] and said["error"]["code"] == "job_ended"
 
 
 @pytest.mark.parametrize(
     "path",
-    ["", "/cancel", "/metrics", "/events", "/logs", "/checkpoints", "/report"],
-)
+    [
+        "", "/cancel", "/stop", "/pause", "/resume", "/metrics", "/events", "/logs",
+        "/checkpoints", "/report",
+    ],
+)  # fmt: skip
 def test_an_unknown_job_is_not_found(api: Api, path: str) -> None:
-    method = "POST" if path == "/cancel" else "GET"
+    method = "POST" if path in ("/cancel", "/stop", "/pause", "/resume") else "GET"
     for id in ("job_nothing", "%00", "x" * 5000, "%ED%A0%80", "..%2f.."):
         answer = api.client.request(method, f"/jobs/{id}{path}")
         assert "GET /" in problem(answer, 404)["detail"]
