@@ -15,10 +15,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Several torch processes share the cores in tests; with a thread per core each they wait for another.
 ONE_THREAD := OMP_NUM_THREADS=1
+# Tests run in so many processes, a file in one of them.
+TEST_PROCESSES ?= 2
 PORT ?= 8000
 DEMO_DATA ?= demo-data
 
-.PHONY: help install demo stop-demo test test-slow lint encoders docs clean
+.PHONY: help install demo stop-demo test browser test-slow lint encoders docs clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,10 +56,14 @@ stop-demo: ## Stop the service that `make demo` left running.
 	@if [ -x $(BIN)/ctune ]; then $(BIN)/ctune down --data-dir $(DEMO_DATA); fi
 
 test: $(INSTALLED) ## Run all tests but the slow ones.
-	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(INSTALLED) ## Run the slow tests.
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow
+
+browser: ## Install Chromium, in which tests look at pages (Debian, as root).
+	command -v chromium >/dev/null || { \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 lint: $(INSTALLED) ## Check style, format, types and import directions.
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""Images per second of the input pipeline: two LaCViT views per image, ours against torchvision.
+"""Images per second of the input pipeline: two views per image, ours against torchvision.
+
+Views are those of a preset of `ctune.view_presets`, by default `simclr_cifar` up to 64 px and
+`simclr`, which blurs, above.
 
 `torchvision` is transforms v2 on uint8 tensors inside a DataLoader with one worker per core, as its
 documentation recommends; `memory`: the decoded images are in memory, `files`: every image is
@@ -9,7 +12,7 @@ The sides alternate within one process, so that a busy machine slows both; media
 processor time per image, workers included, says the same on a machine that others use meanwhile.
 
     OMP_NUM_THREADS=2 python -m bench.input_pipeline
-    python -m bench.input_pipeline --sizes 224 --data path/to/images --device cuda
+    python -m bench.input_pipeline --sizes 224 --preset byol --data path/to/images --device cuda
 """
 
 import argparse
@@ -36,9 +39,9 @@ from torchvision.transforms.v2 import functional as F
 from ctune.augment import ViewConfig, ViewPipeline
 from ctune.data import ImageCache, Indices, prefetch
 from ctune.manifest import Split
+from ctune.view_presets import VIEW_PRESETS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-JITTER = (0.4, 0.4, 0.4, 0.1)
 CACHE_SIDE_PX = {32: 32, 224: 256}
 FILE_SIZE_PX = {32: (32, 32), 224: (500, 375)}
 """(width, height) of generated files; in memory both sides hold images of the cache side."""
@@ -49,12 +52,19 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 class Setting:
     """One row group of the table."""
 
+    preset: str
     size_px: int
     batch_size: int
     batches: int
     rounds: int
     workers: int
     device: torch.device
+
+    @property
+    def views(self) -> list[ViewConfig]:
+        """What is done for each of the two views."""
+        configs = VIEW_PRESETS[self.preset](self.size_px, mean=MEAN, std=STD)
+        return [configs[0], configs[-1]]
 
 
 class Images:
@@ -79,25 +89,41 @@ class Images:
 class TwoViews(Dataset[tuple[Tensor, Tensor]]):
     """The usual map-style data set: two random views of image n."""
 
-    def __init__(self, load: Callable[[int], Tensor], count: int, size_px: int) -> None:
+    def __init__(self, load: Callable[[int], Tensor], count: int, views: list[ViewConfig]) -> None:
         self.load, self.count = load, count
-        self.transform = v2.Compose(
-            [
-                v2.RandomResizedCrop(size_px, scale=(0.2, 1.0), antialias=True),
-                v2.RandomHorizontalFlip(0.5),
-                v2.RandomApply([v2.ColorJitter(*JITTER)], p=0.8),
-                v2.RandomGrayscale(0.2),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(MEAN, STD),
-            ]
-        )
+        self.transforms = [torchvision_transform(config) for config in views]
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
         image = self.load(n)
-        return self.transform(image), self.transform(image)
+        first, second = self.transforms
+        return first(image), second(image)
+
+
+def torchvision_transform(config: ViewConfig) -> v2.Compose:
+    """Return the same random view in torchvision, on uint8 tensors for as long as possible."""
+    if config.rand_augment or config.erase_prob or config.blur_solarise_mix:
+        raise SystemExit("this bench knows no RandAugment, erasing or mixes: take another preset")
+    kernel_px = config.size_px // 10 | 1  # a tenth of the side (SimCLR), odd
+    interpolation = v2.InterpolationMode(config.interpolation)
+    crop = v2.RandomResizedCrop(
+        config.size_px, config.scale, config.ratio, interpolation, antialias=True
+    )
+    jitter = v2.RandomApply([v2.ColorJitter(*config.jitter)], p=config.jitter_prob)
+    blur = v2.RandomApply([v2.GaussianBlur(kernel_px, config.blur_sigma_px)], p=config.blur_prob)
+    steps = [
+        (1.0, crop),
+        (config.flip_prob, v2.RandomHorizontalFlip(config.flip_prob)),
+        (config.jitter_prob, jitter),
+        (config.grayscale_prob, v2.RandomGrayscale(config.grayscale_prob)),
+        (config.blur_prob, blur),
+        (config.solarise_prob, v2.RandomSolarize(128, config.solarise_prob)),
+        (1.0, v2.ToDtype(torch.float32, scale=True)),
+        (1.0, v2.Normalize(config.mean, config.std)),
+    ]
+    return v2.Compose([step for probability, step in steps if probability])
 
 
 def generate(count: int, width: int, height: int) -> list[bytes]:
@@ -124,7 +150,7 @@ def read_folder(folder: Path, count: int) -> list[bytes]:
 
 def torchvision_batches(load: Callable[[int], Tensor], count: int, s: Setting) -> Iterator[None]:
     """Do one round of batches after another; workers live on."""
-    views = TwoViews(load, count, s.size_px)
+    views = TwoViews(load, count, s.views)
     order = torch.randint(0, count, (s.batches * s.batch_size,)).tolist()
     loader = DataLoader(
         views,
@@ -142,15 +168,9 @@ def torchvision_batches(load: Callable[[int], Tensor], count: int, s: Setting) -
 
 def ctune_batches(cache: ImageCache, s: Setting) -> Iterator[None]:
     """Do one round of batches after another."""
-    config = ViewConfig(
-        size_px=s.size_px,
-        jitter=JITTER,
-        jitter_prob=0.8,
-        grayscale_prob=0.2,
-        mean=MEAN,
-        std=STD,
-    )
-    pipeline, generator = ViewPipeline(config), torch.Generator().manual_seed(0)
+    first, second = s.views
+    pipeline = ViewPipeline(first) if first == second else ViewPipeline(first, second)
+    generator = torch.Generator().manual_seed(0)
     order = np.random.default_rng(0).integers(0, len(cache), (s.batches, s.batch_size))
 
     def fetch(positions: Indices) -> tuple[Tensor, Tensor]:
@@ -227,7 +247,7 @@ def print_rows(results: dict[str, list[tuple[float, float]]], s: Setting) -> Non
     for name, (speed, cost) in medians.items():
         speeds = [speed for speed, _ in results[name]]
         print(
-            f"| {s.size_px:>4} | {s.device.type:<4} | {name:<18} | {speed:>8.0f} |"
+            f"| {s.size_px:>4} | {s.preset:<12} | {s.device.type:<4} | {name:<18} | {speed:>8.0f} |"
             f" {min(speeds):>6.0f} - {max(speeds):<6.0f} | {our_speed / speed:>6.2f} |"
             f" {cost:>12.3f} | {cost / our_cost:>7.2f} |"
         )
@@ -257,6 +277,7 @@ def main() -> None:
     """Read the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 224], help="view sides, px")
+    parser.add_argument("--preset", choices=VIEW_PRESETS, help="else by size, see above")
     parser.add_argument("--data", type=Path, help="folder of images; else they are generated")
     parser.add_argument("--images", type=int, default=512, help="how many images")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -268,7 +289,7 @@ def main() -> None:
     found = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     print(describe_machine(torch.get_num_threads()))
     print(
-        "|   px | on   | pipeline           | images/s |    min - max    | faster |"
+        "|   px | views        | on   | pipeline           | images/s |    min - max    | faster |"
         " CPU ms/image | cheaper |"
     )
     for size_px in args.sizes:
@@ -279,6 +300,7 @@ def main() -> None:
             encoded = generate(args.images, width, height)
         for device in [args.device] if args.device else found:
             setting = Setting(
+                preset=args.preset or ("simclr_cifar" if size_px <= 64 else "simclr"),
                 size_px=size_px,
                 batch_size=args.batch_size,
                 batches=args.batches or (40 if size_px <= 64 else 8),
