@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ctune.encoders import EncoderConfig, check_encoder
+from ctune.encoders import EncoderConfig, check_encoder, known_start
 from ctune.evaluation_config import (
     DEFAULT_PROTOCOLS,
     PROBED,
@@ -122,19 +122,34 @@ class RunConfig(Schema):
     resources: ResourcesConfig = ResourcesConfig()
 
 
-def resolve(config: RunConfig) -> RunConfig:
-    """Return `config` with every `auto` that is decided by the config itself filled in."""
+def resolve(
+    config: RunConfig,
+    summary: DatasetSummary | None = None,
+    model_info: JsonObject | None = None,
+) -> RunConfig:
+    """Return `config` with every `auto` filled in that config, data and encoder decide.
+
+    Args:
+        config: as given, or resolved as far as it went.
+        summary: of the data set; None leaves what depends on it.
+        model_info: `model.json` of the directory that the encoder comes from, where there is one.
+    """
     values: JsonObject = config.model_dump()
-    values["method"] = merge_defaults(values["method"], config.method.settled(config.encoder))
+    settled = config.method.settled(known_start(config.encoder, model_info), summary)
+    values["method"] = merge_defaults(values["method"], settled)
     return RunConfig.model_validate(values)
 
 
-def check(config: RunConfig, summary: DatasetSummary) -> list[Fault]:
+def check(
+    config: RunConfig, summary: DatasetSummary, model_info: JsonObject | None = None
+) -> list[Fault]:
     """Return every fault that shows before training: encoder, data needs, GPUs, evaluation.
 
-    Pointers are relative to the body of POST /jobs.
+    Pointers are relative to the body of POST /jobs. Arguments as `resolve`.
     """
+    start = known_start(config.encoder, model_info)
     faults = [_below("/encoder", fault) for fault in check_encoder(config.encoder)]
+    faults += [_below("/method", fault) for fault in config.method.check_start(start)]
     faults += [_below("/method", fault) for fault in config.method.check_data(summary)]
     faults += _share_faults(config)
     labelled = sum(count > 0 for count in summary.train_classes.values())

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any, Literal
@@ -73,24 +74,16 @@ class ModelEncoder(Schema):
 EncoderConfig = Annotated[TimmEncoder | FileEncoder | ModelEncoder, Field(discriminator="source")]
 
 
-def starts_pretrained(encoder: EncoderConfig) -> bool:
-    """Return whether training starts from trained weights."""
-    return not isinstance(encoder, TimmEncoder) or encoder.pretrained
-
-
-def is_patch_based(encoder: EncoderConfig) -> bool | None:
-    """Return whether an encoder cuts images into patches, as transformers do; None: not known."""
-    name = None if isinstance(encoder, ModelEncoder) else encoder.name
-    known = None if name is None else catalogue().get(name.partition(".")[0])
-    return None if known is None else known.patch_size_px is not None
-
-
 class KnownEncoder(Schema):
     """What the catalogue says of one timm architecture."""
 
     image_size_px: int
     patch_size_px: int | None = None
     """Patch side of a vision transformer; null for other families."""
+    embed_dim: int | None = None
+    """Width of a transformer of equal blocks; null for other families."""
+    depth: int | None = None
+    """Its blocks."""
     tags: list[str] = []
     """Published weights."""
     noncommercial: dict[str, str] = {}
@@ -116,6 +109,47 @@ def image_size_px(encoder: EncoderConfig, model_info: JsonObject | None = None) 
         return model_info["image_size_px"] if model_info else None
     known = catalogue().get(encoder.name.partition(".")[0]) if encoder.name else None
     return known.image_size_px if known else None
+
+
+@dataclass(frozen=True)
+class KnownStart:
+    """What is known without torch of the encoder that a run starts from; None: not known."""
+
+    pretrained: bool
+    """Whether training starts from trained weights."""
+    patch_based: bool | None = None
+    """Whether it cuts images into patches, as transformers do."""
+    embed_dim: int | None = None
+    """Width of a transformer of equal blocks."""
+    depth: int | None = None
+    """Its blocks."""
+    method: JsonObject | None = None
+    """The resolved method of the ctune job that made it."""
+    heads: frozenset[str] = frozenset()
+    """Names of the heads that the job left beside it."""
+
+
+def known_start(encoder: EncoderConfig, model_info: JsonObject | None = None) -> KnownStart:
+    """Return what config, catalogue and the model's files say of an encoder.
+
+    Args:
+        encoder: the encoder.
+        model_info: `model.json` of the directory that it comes from, where there is one.
+    """
+    info = model_info or {}
+    name = info.get("architecture") if info else getattr(encoder, "name", None)
+    known = catalogue().get(name.partition(".")[0]) if name else None
+    options = info["model_args"] if info else getattr(encoder, "options", {})
+    width = options.get("embed_dim", known and known.embed_dim)
+    depth = options.get("depth", known and known.depth)
+    return KnownStart(
+        pretrained=not isinstance(encoder, TimmEncoder) or encoder.pretrained,
+        patch_based=None if known is None else known.patch_size_px is not None,
+        embed_dim=width if isinstance(width, int) else None,
+        depth=depth if isinstance(depth, int) else None,
+        method=info.get("method"),
+        heads=frozenset(name.removesuffix(".safetensors") for name in info.get("files", {})),
+    )
 
 
 def check_encoder(encoder: TimmEncoder | FileEncoder | ModelEncoder) -> list[Fault]:

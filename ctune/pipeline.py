@@ -21,7 +21,7 @@ from ctune.config import RunConfig, check, resolve
 from ctune.device import choose_device
 from ctune.distributed import World
 from ctune.early_end import EarlyEnd
-from ctune.encoders import TimmEncoder
+from ctune.encoders import FileEncoder, TimmEncoder
 from ctune.errors import ConfigError, OutOfMemoryError
 from ctune.events import (
     EventBase,
@@ -36,6 +36,7 @@ from ctune.export import export_model
 from ctune.features import RunImages
 from ctune.figures_file import FiguresWriter
 from ctune.methods.base import Program, RunContext
+from ctune.model_dir import read_info
 from ctune.online import OnlineEvaluation
 from ctune.resume import newest_checkpoint, run_fingerprint
 from ctune.rundir import RunDir
@@ -70,6 +71,14 @@ class RunFile(Schema):
     allow_noncommercial_weights: bool = False
     """The operator's consent to weights whose licence forbids commercial use."""
 
+    @property
+    def start_dir(self) -> Path | None:
+        """Model directory that the encoder comes from, None where it is another source."""
+        encoder = self.config.encoder
+        if isinstance(encoder, FileEncoder) and (path := Path(encoder.path)).is_dir():
+            return path
+        return self.encoder_dir
+
 
 class Run:
     """One run in its directory.
@@ -90,12 +99,14 @@ class Run:
     ) -> None:
         self._world = world = world or World()
         self._file = file
-        self._config = resolve(file.config)
         self._run_dir = run_dir
         self._events = events
         self._stop = stop
         self._store = PackedStore(file.data)
         self._summary = self._store.manifest.summary
+        start_dir = file.start_dir
+        self._start = None if start_dir is None else read_info(start_dir).model_dump(mode="json")
+        self._config = resolve(file.config, self._summary, self._start)
         self._device = choose_device(self._config.resources.gpus, world.local_rank)
         self._warnings: list[JsonObject] = []
         self._started_at = time.monotonic()
@@ -129,7 +140,7 @@ class Run:
             ) from error
 
     def _execute(self) -> JsonObject:
-        faults = check(self._config, self._summary)
+        faults = check(self._config, self._summary, self._start)
         if faults:
             raise ConfigError("; ".join(f"{fault.pointer}: {fault.detail}" for fault in faults))
         seed_everything(self._config.seed, "encoder")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import model_validator
 
-from ctune.encoders import EncoderConfig
+from ctune.encoders import KnownStart
 from ctune.manifest import DatasetSummary
 from ctune.samplers import Indices
 from ctune.schema import Fault, JsonObject, Schema, merge_defaults
@@ -57,8 +57,11 @@ class MethodConfigBase(Schema):
         small = given.get("preset", cls.model_fields["preset"].default) == "small"
         return cls.SMALL if small else {}
 
-    def settled(self, encoder: EncoderConfig) -> JsonObject:
-        """Return the fields that are `auto`, with the values that they have for this encoder."""
+    def settled(self, start: KnownStart, summary: DatasetSummary | None) -> JsonObject:
+        """Return the fields that are `auto`, with the values that they have in this run.
+
+        Without a summary those that depend on the data stay as they are.
+        """
         return {}
 
     @property
@@ -102,6 +105,10 @@ class MethodConfigBase(Schema):
             return labels
         unlabelled = summary.splits.get("train", 0) - len(labels)
         return np.concatenate([labels, np.full(unlabelled, -1, dtype=np.int64)])
+
+    def check_start(self, start: KnownStart) -> list[Fault]:
+        """Return why a run cannot start from this encoder; pointers start inside its block."""
+        return []
 
     def check_data(self, summary: DatasetSummary) -> list[Fault]:
         """Return what the data set lacks for this method; pointers start inside its block."""

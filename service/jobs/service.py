@@ -19,7 +19,7 @@ from ctune.encoders import (
 from ctune.manifest import DatasetSummary
 from ctune.methods import MethodConfig
 from ctune.methods.linear_probe.config import LinearProbeConfig
-from ctune.schema import Fault
+from ctune.schema import Fault, JsonObject
 from service.errors import ConflictError, InvalidError, NotFoundError, not_found
 from service.faults import body_faults, show
 from service.jobs import control, lifecycle
@@ -64,7 +64,9 @@ def accepted(
     if isinstance(body, Rejected):
         raise InvalidError(body.faults + _faults_of_rest(session, settings, body))
     try:
-        config = resolve(body.run_config())
+        given = body.run_config()
+        summary = _summary(session, body.dataset)
+        config = resolve(given, summary, _model_info(session, given.encoder))
     except ValidationError as error:
         raise InvalidError(body_faults(error.errors(include_url=False), RunConfig)) from error
     faults = _faults(session, settings, config, body.dataset)
@@ -106,8 +108,25 @@ def _faults(
         faults += _of_encoder(check_licence(encoder))
     if dataset_id is None or (faults and faults[0].pointer == "/dataset"):
         return faults + _of_encoder(check_encoder(encoder))
-    dataset = session.get_one(Dataset, dataset_id)
-    return faults + check(config, DatasetSummary.model_validate(dataset.summary))
+    summary = _summary(session, dataset_id)
+    assert summary is not None, "a data set without fault is ready"
+    return faults + check(config, summary, _model_info(session, encoder))
+
+
+def _summary(session: Session, dataset_id: str) -> DatasetSummary | None:
+    """Return what a data set holds, None where it is not there or not ready."""
+    dataset = session.get(Dataset, checked(dataset_id))
+    if dataset is None or dataset.summary is None:
+        return None
+    return DatasetSummary.model_validate(dataset.summary)
+
+
+def _model_info(session: Session, encoder: EncoderConfig) -> JsonObject | None:
+    """Return `model.json` of the model that an encoder names, None where there is none."""
+    if not isinstance(encoder, ModelEncoder):
+        return None
+    model = session.get(Model, checked(encoder.id))
+    return model.info if model else None
 
 
 def _model_faults(session: Session, encoder: ModelEncoder, *, consent: bool) -> list[Fault]:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ctune.encoders import EncoderConfig, ModelEncoder, starts_pretrained
+from ctune.encoders import KnownStart
 from ctune.manifest import DatasetSummary
 from ctune.methods.base_config import MethodConfigBase, Normalization, PlannedStage, Pool
 from ctune.methods.probe_config import ProbeConfig
@@ -18,7 +18,6 @@ Alpha = Annotated[float, Field(ge=0, le=100)]
 
 BASE_BLOCKS = 12
 """Blocks of a ViT-B; a deeper encoder is a large one to `auto`."""
-LARGE_NAMES = ("_large", "_huge", "_giant", "_gigantic")
 
 
 class TuneConfig(Schema):
@@ -81,16 +80,16 @@ class TuneConfig(Schema):
             raise ValueError("; ".join(problems))
         return self
 
-    def settled(self, encoder: EncoderConfig) -> JsonObject:
+    def settled(self, start: KnownStart) -> JsonObject:
         """Return what is `auto` or follows from other fields, with its values."""
-        large = _is_large(encoder)
+        large = (start.depth or 0) > BASE_BLOCKS
         values: JsonObject = {}
         if self.lr is None:
             batch = self.batch_size * self.accumulate_steps
             values["lr"] = scale_learning_rate(self.blr, batch)
         if self.layer_decay == "auto":
             pretrained = 0.75 if large else 0.65
-            values["layer_decay"] = pretrained if starts_pretrained(encoder) else 1.0
+            values["layer_decay"] = pretrained if start.pretrained else 1.0
         epochs = self.epochs
         if epochs == "auto":
             values["epochs"] = epochs = 50 if large else 100
@@ -203,9 +202,9 @@ class FinetuneConfig(MethodConfigBase):
         """Whose pixel mean and standard deviation are used."""
         return self.normalization
 
-    def settled(self, encoder: EncoderConfig) -> JsonObject:
+    def settled(self, start: KnownStart, summary: DatasetSummary | None) -> JsonObject:
         """Return what of the stage is `auto`, with its values for this encoder."""
-        stage = self.tune.settled(encoder) if self.tune else {}
+        stage = self.tune.settled(start) if self.tune else {}
         return {"tune": stage} if stage else {}
 
     def plan(self, summary: DatasetSummary) -> list[PlannedStage]:
@@ -213,13 +212,3 @@ class FinetuneConfig(MethodConfigBase):
         stage = self.tune or self.probe
         assert stage is not None, "a config has the stage of its recipe"
         return [stage.planned(len(self.train_labels(summary)))]
-
-
-def _is_large(encoder: EncoderConfig) -> bool:
-    """Return whether an encoder has more blocks than a ViT-B, as far as its config says it."""
-    if isinstance(encoder, ModelEncoder):
-        return False
-    depth = encoder.options.get("depth")
-    if isinstance(depth, int):
-        return depth > BASE_BLOCKS
-    return any(size in (encoder.name or "") for size in LARGE_NAMES)

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from numpy.typing import ArrayLike
 from pydantic import BeforeValidator, Field, model_validator
 
-from ctune.encoders import EncoderConfig, starts_pretrained
+from ctune.encoders import KnownStart
 from ctune.manifest import DatasetSummary
 from ctune.methods.base_config import MethodConfigBase, Normalization, PlannedStage, Pool
 from ctune.methods.contrastive_config import (
@@ -276,11 +276,11 @@ class LaCViTConfig(MethodConfigBase):
         """Whose pixel mean and standard deviation are used."""
         return self.normalization
 
-    def settled(self, encoder: EncoderConfig) -> JsonObject:
+    def settled(self, start: KnownStart, summary: DatasetSummary | None) -> JsonObject:
         """Return layer decay and warm-up of stage 1 where they are `auto`."""
         stage: JsonObject = {}
         if self.contrastive.layer_decay == "auto":
-            stage["layer_decay"] = 0.75 if starts_pretrained(encoder) else 1.0
+            stage["layer_decay"] = 0.75 if start.pretrained else 1.0
         if self.contrastive.warmup_epochs == "auto":
             stage["warmup_epochs"] = min(2, self.contrastive.epochs // 5)
         return {"contrastive": stage} if stage else {}

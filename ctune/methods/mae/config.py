@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from ctune.encoders import EncoderConfig
+from ctune.encoders import KnownStart
 from ctune.manifest import DatasetSummary
 from ctune.methods.base_config import EncoderPool, MethodConfigBase, Normalization, PlannedStage
 from ctune.methods.contrastive_config import batch_fault
@@ -35,7 +35,7 @@ class MaeConfig(MethodConfigBase):
         """Whose pixel mean and standard deviation are used."""
         return self.normalization
 
-    def settled(self, encoder: EncoderConfig) -> JsonObject:
+    def settled(self, start: KnownStart, summary: DatasetSummary | None) -> JsonObject:
         """Return learning rate and warm-up where they are automatic."""
         return {"mae": self.mae.settled()}
 

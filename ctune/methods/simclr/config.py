@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ctune.encoders import EncoderConfig, is_patch_based
+from ctune.encoders import KnownStart
 from ctune.manifest import DatasetSummary
 from ctune.methods.base_config import MethodConfigBase, Normalization, PlannedStage, Pool
 from ctune.methods.contrastive_config import (
@@ -128,11 +128,11 @@ class SimCLRConfig(MethodConfigBase):
         """Whose pixel mean and standard deviation are used."""
         return self.normalization
 
-    def settled(self, encoder: EncoderConfig) -> JsonObject:
+    def settled(self, start: KnownStart, summary: DatasetSummary | None) -> JsonObject:
         """Return optimizer, rates and warm-up where they are `auto`."""
         optimizer = self.optimizer
         if optimizer == "auto":
-            optimizer = "sgd" if is_patch_based(encoder) is False else "adamw"
+            optimizer = "sgd" if start.patch_based is False else "adamw"
         rates = AUTO_LR_SMALL if self.preset == "small" else AUTO_LR
         warmup_epochs = min(10, self.epochs // 10) if optimizer == "adamw" else 0
         automatic: JsonObject = {
