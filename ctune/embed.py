@@ -178,7 +178,7 @@ def load_model(model_dir: Path, *, device: str | torch.device | None = "cpu") ->
     encoder = build_encoder(config, pool="auto", encoder_dir=None, allow_noncommercial_weights=True)
     classifier = None
     if info.head is not None:
-        stored = load_file(model_dir / names.CLASSIFIER)
+        stored = load_file(model_dir / names.head_file(names.CLASSIFIER))
         classifier = (stored["weight"], stored["bias"])
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

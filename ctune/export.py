@@ -7,7 +7,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ctune.backbones import Encoder
 from ctune.embed import load_model, read_reference_images
 from ctune.errors import CtuneError
 from ctune.model_card import model_card
-from ctune.model_dir import FORMAT_VERSION, Head, ModelInfo, seal_files
+from ctune.model_dir import FORMAT_VERSION, Head, ModelInfo, head_file, seal_file, seal_files
 from ctune.rundir import fsync_directory, write_atomically
 from ctune.schema import JsonObject
 
@@ -44,8 +44,7 @@ def export_model(
     evaluation: JsonObject,
     reference_images: Sequence[Image.Image],
     classes: list[str] | None = None,
-    classifier: nn.Module | None = None,
-    projection_head: nn.Module | None = None,
+    heads: Mapping[str, nn.Module] | None = None,
 ) -> JsonObject:
     """Write the model directory, load it back with ctune and with plain timm, return `model.json`.
 
@@ -59,14 +58,17 @@ def export_model(
         evaluation: `{"before": …, "after": …}`.
         reference_images: RGB; kept with their vectors, at most 512 px on a side.
         classes: names in label order.
-        classifier: an `nn.Linear` [C, D] on the encoder's vectors.
-        projection_head: the contrastive loss's head; kept for further training.
+        heads: modules by their name in `model_dir.HEADS`; those without weights have no file. The
+            classifier is an `nn.Linear` [C, D] on the encoder's vectors.
 
     Raises:
         ExportError: the directory gives other vectors than the encoder.
-        ValueError: no reference image; a classifier that is not linear or does not fit `classes`.
+        ValueError: no reference image; a head of another name; a classifier that is not linear or
+            does not fit `classes`.
     """
-    _check_arguments(encoder, classes, classifier, reference_images)
+    heads = heads or {}
+    _check_arguments(encoder, classes, heads, reference_images)
+    classifier = heads.get(names.CLASSIFIER)
     settled = copy.deepcopy(encoder).cpu().float().eval()
     folder = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
@@ -74,15 +76,14 @@ def export_model(
     try:
         _save_tensors(folder / names.WEIGHTS, settled.backbone.state_dict())
         _write_json(folder / names.CONFIG, timm_config(settled))
-        if classifier is not None:
-            _save_tensors(folder / names.CLASSIFIER, classifier.state_dict())
-        if projection_head is not None and projection_head.state_dict():
-            _save_tensors(folder / names.PROJECTION_HEAD, projection_head.state_dict())
+        for name, head in heads.items():
+            if tensors := head.state_dict():
+                _save_tensors(folder / head_file(name), tensors)
         vectors = _write_reference(folder, settled, classifier, reference_images)
         info = _describe(settled, classes, classifier, provenance, evaluation)
-        card = model_card(info)
-        (folder / names.CARD).write_text(card, encoding="utf-8")
         info = info.model_copy(update={"files": seal_files(folder)})
+        (folder / names.CARD).write_text(model_card(info), encoding="utf-8")
+        info.files[names.CARD] = seal_file(folder / names.CARD)
         written = info.model_dump(mode="json")
         _write_json(folder / names.INFO, written)
         _prove(folder, vectors)
@@ -130,11 +131,14 @@ def timm_config(encoder: Encoder) -> JsonObject:
 def _check_arguments(
     encoder: Encoder,
     classes: list[str] | None,
-    classifier: nn.Module | None,
+    heads: Mapping[str, nn.Module],
     reference_images: Sequence[Image.Image],
 ) -> None:
     if not reference_images:
         raise ValueError("reference_images is empty; give at least one image")
+    if unknown := heads.keys() - names.HEADS.keys():
+        raise ValueError(f"heads {sorted(unknown)} are unknown; there are {list(names.HEADS)}")
+    classifier = heads.get(names.CLASSIFIER)
     if classifier is None:
         return
     if not isinstance(classifier, nn.Linear) or classifier.bias is None:

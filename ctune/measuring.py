@@ -20,7 +20,8 @@ from ctune.device import synchronize
 from ctune.estimate import MeasuredStage, Measurement
 from ctune.events import EventWriter, StageStarted
 from ctune.methods.base import Program, Stage, StagePlan
-from ctune.pipeline import EXPORTED_HEADS, Run, RunFile
+from ctune.model_dir import HEADS
+from ctune.pipeline import Run, RunFile
 from ctune.rundir import RunDir
 from ctune.sampled_images import SampledImages
 from ctune.samplers import ClassBalancedBatchSampler, EpochBatches, Indices
@@ -146,7 +147,7 @@ class Calibration(Run):
         self._images.encode(self._encoder, "train", self._device)
         program = self._build_program()
         stages = [self._measure(program, plan) for plan in program.plans]
-        heads = [program.modules[name] for name in EXPORTED_HEADS if name in program.modules]
+        heads = [program.modules[name] for name in HEADS if name in program.modules]
         exported = [self._encoder, *heads]
         found = Measurement(
             device=self._versions()["device"],

@@ -2,7 +2,7 @@
 
 import json
 
-from ctune.model_dir import ModelInfo
+from ctune.model_dir import CLASSIFIER, HEADS, ModelInfo, head_file
 from ctune.schema import JsonObject
 from ctune.scores import score_rows
 
@@ -28,7 +28,7 @@ def model_card(info: ModelInfo) -> str:
         f" resized to exactly {info.image_size_px} x {info.image_size_px} pixels (bilinear, the"
         f" aspect ratio is not kept), scaled to [0, 1] and normalised with mean"
         f" {_numbers(info.mean)} and standard deviation {_numbers(info.std)}.",
-        _classes(info),
+        _heads(info),
         "## Load it\n\nIn this directory:\n\n```python\n" + LOAD_SNIPPET + "```\n\n"
         "`reference/vectors.safetensors` holds the vectors that the images beside it must give.",
         _scores(info.evaluation),
@@ -49,13 +49,16 @@ def _numbers(values: tuple[float, ...]) -> str:
     return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
 
 
-def _classes(info: ModelInfo) -> str:
-    if info.head is None or info.classes is None:
-        return ""
-    return (
-        f"`classifier.safetensors` is a linear layer on these vectors for {len(info.classes)}"
-        " classes; `model.json` names them in order."
-    )
+def _heads(info: ModelInfo) -> str:
+    said = []
+    for name, what in HEADS.items():
+        if head_file(name) not in info.files:
+            continue
+        use = "kept to train further"
+        if name == CLASSIFIER and info.classes:
+            use = f"for {len(info.classes)} classes, which `model.json` names in order"
+        said.append(f"`{head_file(name)}` is {what}, {use}.")
+    return "\n".join(said)
 
 
 def _scores(evaluation: JsonObject) -> str:
@@ -80,6 +83,7 @@ def _origin(info: ModelInfo) -> str:
     config = provenance.get("config") or {}
     facts = {
         "encoder it started from": json.dumps(config["encoder"]) if "encoder" in config else None,
+        "weights it started from (sha256)": (provenance.get("parent") or {}).get("weights_sha256"),
         "data (sha256 of the archive)": provenance.get("data_sha256"),
         "job": provenance.get("job_id"),
         "seed": info.seed,

@@ -4,8 +4,8 @@ MODEL_DIR/
     config.json                     timm's description; `timm.create_model("local-dir:MODEL_DIR")`
     model.safetensors               weights under timm's names
     model.json                      `ModelInfo`; written last
-    classifier.safetensors          `weight` [C, D] and `bias` [C], where the method trains one
-    projection_head.safetensors     head of the contrastive loss, where the method has one
+    <head>.safetensors              a module of `HEADS`, where the method has it; of the classifier
+                                    `weight` [C, D] and `bias` [C]
     reference/000.png ...           images
     reference/vectors.safetensors   `vectors` [n, D] and, with a classifier, `probabilities` [n, C]
     README.md                       model card
@@ -13,6 +13,7 @@ MODEL_DIR/
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError, field_validator
@@ -24,8 +25,14 @@ FORMAT_VERSION = 1
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INFO = "model.json"
-CLASSIFIER = "classifier.safetensors"
-PROJECTION_HEAD = "projection_head.safetensors"
+CLASSIFIER = "classifier"
+HEADS = {
+    CLASSIFIER: "a linear layer on these vectors",
+    "projection_head": "the head of the contrastive loss",
+    "nnclr_head": "projector, predictor, target projector and queue of MAE-CT",
+    "mae_decoder": "the decoder of the masked autoencoder",
+}
+"""Modules beside the encoder that are kept, by their name in a program, and what they are."""
 REFERENCE = "reference"
 VECTORS = "reference/vectors.safetensors"
 CARD = "README.md"
@@ -98,6 +105,11 @@ def read_info(model_dir: Path) -> ModelInfo:
     return info
 
 
+def head_file(name: str) -> str:
+    """Return the name of a head's file."""
+    return f"{name}.safetensors"
+
+
 def check_files(model_dir: Path, info: ModelInfo) -> None:
     """Compare every file with its sha256.
 
@@ -106,8 +118,17 @@ def check_files(model_dir: Path, info: ModelInfo) -> None:
     """
     if WEIGHTS not in info.files:
         raise _damaged(model_dir, f"{INFO} gives no sha256 of {WEIGHTS}")
+    check_hashes(model_dir, info.files)
+
+
+def check_hashes(model_dir: Path, files: Mapping[str, str]) -> None:
+    """Compare files with their sha256.
+
+    Raises:
+        EncoderError: ``model_damaged``, naming the files that differ or are missing.
+    """
     bad = []
-    for name, wanted in info.files.items():
+    for name, wanted in files.items():
         try:
             found = hash_file(model_dir / name)
         except OSError:
@@ -127,13 +148,15 @@ def hash_file(path: Path) -> str:
 
 def seal_files(model_dir: Path) -> dict[str, str]:
     """Return the sha256 of every file below `model_dir`, each flushed to the disk."""
-    files = {}
-    for path in sorted(model_dir.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            files[path.relative_to(model_dir).as_posix()] = hash_file(path)
-    return files
+    paths = sorted(path for path in model_dir.rglob("*") if path.is_file())
+    return {path.relative_to(model_dir).as_posix(): seal_file(path) for path in paths}
+
+
+def seal_file(path: Path) -> str:
+    """Return the sha256 of a file that is flushed to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return hash_file(path)
 
 
 def _damaged(model_dir: Path, what: str) -> EncoderError:

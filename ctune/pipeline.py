@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ctune.acceleration import accelerate
 from ctune.backbones import Encoder, build_encoder
@@ -21,7 +21,7 @@ from ctune.config import RunConfig, check, resolve
 from ctune.device import choose_device
 from ctune.distributed import World
 from ctune.early_end import EarlyEnd
-from ctune.encoders import FileEncoder, TimmEncoder
+from ctune.encoders import FileEncoder, ModelEncoder, TimmEncoder
 from ctune.errors import ConfigError, OutOfMemoryError
 from ctune.events import (
     EventBase,
@@ -36,7 +36,7 @@ from ctune.export import export_model
 from ctune.features import RunImages
 from ctune.figures_file import FiguresWriter
 from ctune.methods.base import Program, RunContext
-from ctune.model_dir import read_info
+from ctune.model_dir import HEADS, WEIGHTS, read_info
 from ctune.online import OnlineEvaluation
 from ctune.resume import newest_checkpoint, run_fingerprint
 from ctune.rundir import RunDir
@@ -45,9 +45,9 @@ from ctune.scoring import Scoring
 from ctune.seeding import seed_everything
 from ctune.store import PackedStore
 from ctune.training import Training
+from ctune.weights import read_head
 
 REFERENCE_IMAGES = 4
-EXPORTED_HEADS = ("classifier", "projection_head")
 NO_HELDOUT = Warned(
     code="no_heldout_images",
     message="the data set has neither test nor val images: nothing is evaluated",
@@ -214,9 +214,14 @@ class Run:
             device=self._device,
             from_scratch=isinstance(encoder, TimmEncoder) and not encoder.pretrained,
             world=self._world,
+            start_head=self._start_head,
         )
         program: Program = module.build(method, context)
         return program
+
+    def _start_head(self, name: str) -> dict[str, Tensor] | None:
+        directory = self._file.start_dir
+        return None if directory is None else read_head(directory, name)
 
     # --- resuming ---
 
@@ -287,12 +292,13 @@ class Run:
         return export_model(
             self._encoder,
             self._run_dir.model,
-            **{name: modules[name] for name in EXPORTED_HEADS if name in modules},
+            heads={name: modules[name] for name in HEADS if name in modules},
             classes=self._summary.classes or None,
             provenance={
                 "config": self._config.model_dump(mode="json"),
                 "data_sha256": self._store.manifest.archive_sha256,
                 "job_id": self._file.job_id,
+                "parent": self._parent,
                 "stopped_early": self._early_end.ended,
                 "versions": self._versions(),
             },
@@ -301,6 +307,15 @@ class Run:
                 self._store.image(int(n)) for n in self._store.indices(split)[:REFERENCE_IMAGES]
             ],
         )
+
+    @property
+    def _parent(self) -> JsonObject | None:
+        """Which model the encoder comes from, None where it comes from elsewhere."""
+        if self._start is None:
+            return None
+        encoder = self._config.encoder
+        model_id = encoder.id if isinstance(encoder, ModelEncoder) else None
+        return {"model_id": model_id, "weights_sha256": self._start["files"].get(WEIGHTS)}
 
     # --- small things ---
 

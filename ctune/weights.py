@@ -20,6 +20,7 @@ from timm.models import load_pretrained
 from torch import Tensor, nn
 
 from ctune.errors import EncoderError
+from ctune.model_dir import check_hashes, head_file, read_info
 from ctune.schema import JsonObject
 
 WRAPPERS = frozenset({"module", "encoder", "backbone"})
@@ -72,6 +73,24 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             hint="give a .safetensors file",
             code="weights_unreadable",
         ) from error
+
+
+def read_head(model_dir: Path, name: str) -> dict[str, Tensor] | None:
+    """Return the tensors of a head that an exported model holds, None where it has none.
+
+    Args:
+        model_dir: exported by ctune.
+        name: one of `model_dir.HEADS`.
+
+    Raises:
+        EncoderError: ``model_damaged``: its file is missing or changed, or `model.json` unreadable.
+    """
+    file = head_file(name)
+    sha256 = read_info(model_dir).files.get(file)
+    if sha256 is None:
+        return None
+    check_hashes(model_dir, {file: sha256})
+    return read_weights(model_dir / file)
 
 
 def read_torch_file(path: Path) -> dict[str, Any]:

@@ -142,6 +142,9 @@ class RunContext:
     from_scratch: bool
     world: World = field(default_factory=World)
     """The processes that train this run together."""
+    start_head: Callable[[str], dict[str, Tensor] | None] = lambda name: None
+    """Tensors on the CPU of a head (`model_dir.HEADS`) of the model that the encoder comes from;
+    None where there is none. Raises EncoderError ``model_damaged``."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluation={},
         reference_images=images(),
         classes=["x", "y", "z"],
-        classifier=nn.Linear(24, 3),
+        heads={"classifier": nn.Linear(24, 3)},
     )
     return path
 

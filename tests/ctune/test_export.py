@@ -103,8 +103,7 @@ def test_directory_is_as_documented(tmp_path: Path) -> None:
         made,
         tmp_path / "model",
         classes=["a", "b", "c"],
-        classifier=classifier,
-        projection_head=head,
+        heads={"classifier": classifier, "projection_head": head},
     )
     folder = tmp_path / "model"
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -254,11 +253,12 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
     ("given", "said"),
     [
         ({"reference_images": []}, "at least one image"),
-        ({"classifier": nn.Linear(24, 3)}, "classes must name each"),
-        ({"classifier": nn.Linear(24, 3), "classes": ["a"]}, "3 outputs"),
-        ({"classifier": nn.Linear(23, 1), "classes": ["a"]}, "takes 23 dimensions"),
-        ({"classifier": nn.Linear(24, 1, bias=False), "classes": ["a"]}, "with a bias"),
-        ({"classifier": nn.Identity(), "classes": ["a"]}, r"nn\.Linear"),
+        ({"heads": {"classifier": nn.Linear(24, 3)}}, "classes must name each"),
+        ({"heads": {"classifier": nn.Linear(24, 3)}, "classes": ["a"]}, "3 outputs"),
+        ({"heads": {"classifier": nn.Linear(23, 1)}, "classes": ["a"]}, "takes 23 dimensions"),
+        ({"heads": {"classifier": nn.Linear(24, 1, bias=False)}, "classes": ["a"]}, "with a bias"),
+        ({"heads": {"classifier": nn.Identity()}, "classes": ["a"]}, r"nn\.Linear"),
+        ({"heads": {"head": nn.Linear(24, 1)}}, r"\['head'\] are unknown"),
     ],
 )
 def test_arguments_that_do_not_fit(tmp_path: Path, given: dict[str, Any], said: str) -> None:
@@ -268,7 +268,7 @@ def test_arguments_that_do_not_fit(tmp_path: Path, given: dict[str, Any], said: 
 
 
 def test_head_without_weights_has_no_file(tmp_path: Path) -> None:
-    export(encoder(**TINY), tmp_path / "model", projection_head=nn.Identity())
+    export(encoder(**TINY), tmp_path / "model", heads={"projection_head": nn.Identity()})
     assert not (tmp_path / "model/projection_head.safetensors").exists()
 
 
@@ -276,7 +276,7 @@ def test_head_without_weights_has_no_file(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_from_a_gpu(tmp_path: Path) -> None:
     made = encoder(**TINY).cuda()
-    export(made, tmp_path / "model", classes=["a"], classifier=nn.Linear(24, 1).cuda())
+    export(made, tmp_path / "model", classes=["a"], heads={"classifier": nn.Linear(24, 1).cuda()})
     assert next(made.parameters()).is_cuda
     found = load_model(tmp_path / "model", device="cuda").verify()
     assert found.min_cosine > 0.9999

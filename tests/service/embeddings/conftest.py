@@ -91,7 +91,7 @@ def export_tiny(path: Path, *, seed: int, classes: list[str] | None) -> None:
         evaluation={},
         reference_images=[picture(0), picture(1)],
         classes=classes,
-        classifier=nn.Linear(24, len(classes)) if classes else None,
+        heads={"classifier": nn.Linear(24, len(classes))} if classes else None,
     )
 
 
