@@ -15,6 +15,7 @@ from ctune.data import prefetch
 from ctune.distributed import World
 from ctune.errors import DivergedError, OutOfMemoryError
 from ctune.events import EventBase, Metrics
+from ctune.gradient_watch import GradientWatch
 from ctune.methods.base import Batch, Source, Stage, StepOutput
 from ctune.optim import clip_gradients_per_tensor
 from ctune.samplers import Indices, steps_per_epoch
@@ -44,6 +45,8 @@ class Hooks:
     """Steps between two looks, None for no looks."""
     world: World = field(default_factory=World)
     """The processes that train together; all of them call the hooks in the same order."""
+    gradients: GradientWatch = field(default_factory=GradientWatch)
+    """Told every gradient norm."""
 
 
 def fit(stage: Stage, *, name: str, seed: int, start_step: int, hooks: Hooks) -> int:
@@ -80,10 +83,10 @@ def fit(stage: Stage, *, name: str, seed: int, start_step: int, hooks: Hooks) ->
                 outputs = _accumulate(stage, group, world, seed=seed, name=name, step=step)
                 world.average_gradients(parameters)
                 grad_norm = _clip(stage, parameters)
+                hooks.gradients.note(grad_norm)
                 stage.optimizer.step()
                 stage.optimizer.zero_grad(set_to_none=True)
-                for warning in stage.method.after_step(step):
-                    hooks.emit(warning)
+                _emit_all(hooks, stage.method.after_step(step))
                 step += 1
                 if step < total_steps and hooks.ends_early(step):
                     total_steps = step  # for all that follows this was the last one
@@ -99,6 +102,7 @@ def fit(stage: Stage, *, name: str, seed: int, start_step: int, hooks: Hooks) ->
                     if log:
                         values |= {"lr": lr, "epoch": float(epoch), **pace.lap(fetched.waited_s)}
                         hooks.emit(Metrics(stage=name, step=step - 1, values=values))
+                        _emit_all(hooks, hooks.gradients.warnings(name, step - 1, float(grad_norm)))
                 best = _look_if_due(stage, hooks, pace, step=step, total_steps=total_steps)
                 if due or stopping or (best and step < total_steps):
                     _check_parameters(parameters, name=name, step=step - 1)
@@ -165,6 +169,11 @@ class Pace:
     def checkpoint_done(self) -> None:
         """Start the next checkpoint interval."""
         self._checkpoint = time.monotonic()
+
+
+def _emit_all(hooks: Hooks, events: Iterable[EventBase]) -> None:
+    for event in events:
+        hooks.emit(event)
 
 
 def _look_if_due(stage: Stage, hooks: Hooks, pace: Pace, *, step: int, total_steps: int) -> bool:

@@ -19,6 +19,7 @@ from ctune.distributed import World
 from ctune.early_end import EarlyEnd, EarlyState
 from ctune.errors import CheckpointError
 from ctune.events import CheckpointSaved, EventBase, Progress, StageStarted
+from ctune.gradient_watch import GradientState, GradientWatch
 from ctune.methods.base import Program, Stage, StagePlan
 from ctune.online import OnlineEvaluation, OnlineState
 from ctune.rundir import RunDir
@@ -43,6 +44,7 @@ class Training:
     run_state: Callable[[], JsonObject]
     """What a checkpoint must hold of the run beside its training."""
     world: World
+    gradients: GradientWatch = field(default_factory=GradientWatch)
     selected: dict[str, int] = field(default_factory=dict)
     """Stage to the step whose weights it handed on, where these were not the last ones."""
 
@@ -61,6 +63,7 @@ class Training:
             self.online.state = OnlineState.model_validate(state["online"])
             self.selected = dict(state["selected"])
             self.early_end.state = EarlyState.model_validate(state["early_end"])
+            self.gradients.resume(GradientState.model_validate(state["gradients"]))
         self.world.unite(self.program.modules)
         for index, plan in enumerate(plans):
             start_step = at[1] if index == at[0] else 0
@@ -93,6 +96,7 @@ class Training:
             look=lambda step: self.online.look(plan.name, step),
             look_interval_steps=self.online.interval_steps(plan),
             world=self.world,
+            gradients=self.gradients,
         )
         return fit(stage, name=plan.name, seed=seed, start_step=start_step, hooks=hooks)
 
@@ -129,6 +133,7 @@ class Training:
             "online": self.online.state.model_dump(mode="json"),
             "selected": self.selected,
             "early_end": self.early_end.state.model_dump(),
+            "gradients": self.gradients.state.model_dump(),
         }
         manifest = save_checkpoint(folder, state, stage=plan.name, stage_index=index, step=step)
         newest = [path.name for path in find_checkpoints([folder])[:KEPT_CHECKPOINTS]]
