@@ -184,26 +184,8 @@ class MaskedAutoencoder(nn.Module):
             self._positions.copy_(torch.from_numpy(table))
 
     def encode(self, imgs: Tensor, mask_ratio: float, *, noise: Tensor | None = None) -> Masked:
-        """Return the encoder's tokens of the visible patches as `visible` [N, 1 + K, D].
-
-        Removed patches never enter the blocks.
-
-        Raises:
-            ValueError: images of another size than the encoder's; as `random_masking`.
-        """
-        encoder = self.encoder
-        expected = (encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size)
-        if tuple(imgs.shape[1:]) != expected:
-            raise ValueError(f"images of {tuple(imgs.shape[1:])}; the encoder takes {expected}")
-        patches = encoder.patch_embed(imgs) + self._positions[:, 1:]
-        kept = random_masking(patches, mask_ratio, noise=noise)
-        class_token = self._class_token + self._positions[:, :1]
-        x = torch.cat((class_token.expand(len(imgs), -1, -1), kept.visible), dim=1)
-        if encoder.grad_checkpointing and self.training:
-            x = checkpoint_seq(encoder.blocks, x)
-        else:
-            x = encoder.blocks(x)
-        return kept._replace(visible=encoder.norm(x))
+        """Return `encode_visible` of the encoder."""
+        return encode_visible(self.encoder, imgs, mask_ratio, noise=noise)
 
     def forward(
         self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
@@ -244,6 +226,37 @@ class MaskedAutoencoder(nn.Module):
         named = {_own_name(name): value for name, value in state_dict.items()}
         own = self.state_dict()
         self.load_state_dict({name: own[name] for name in POSITION_TABLES} | named)
+
+
+def encode_visible(
+    encoder: VisionTransformer, imgs: Tensor, mask_ratio: float, *, noise: Tensor | None = None
+) -> Masked:
+    """Return the encoder's tokens of the visible patches as `visible` [N, 1 + K, D].
+
+    Removed patches never enter the blocks.
+
+    Args:
+        encoder: that `check_encoder` has accepted.
+        imgs: [N, C, H, W], normalised.
+        mask_ratio: share of the patches that are removed.
+        noise: [N, L] that decides which; None: drawn from torch's global generator.
+
+    Raises:
+        ValueError: images of another size than the encoder's; as `random_masking`.
+    """
+    expected = (encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size)
+    if tuple(imgs.shape[1:]) != expected:
+        raise ValueError(f"images of {tuple(imgs.shape[1:])}; the encoder takes {expected}")
+    positions: Tensor = encoder.pos_embed  # type: ignore[assignment]
+    token: Tensor = encoder.cls_token  # type: ignore[assignment]
+    kept = random_masking(encoder.patch_embed(imgs) + positions[:, 1:], mask_ratio, noise=noise)
+    class_token = (token + positions[:, :1]).expand(len(imgs), -1, -1)
+    x = torch.cat((class_token, kept.visible), dim=1)
+    if encoder.grad_checkpointing and encoder.training:
+        x = checkpoint_seq(encoder.blocks, x)
+    else:
+        x = encoder.blocks(x)
+    return kept._replace(visible=encoder.norm(x))
 
 
 def _own_name(official: str) -> str:

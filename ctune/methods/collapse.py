@@ -77,10 +77,10 @@ class CollapseWatch(nn.Module):
         self.register_buffer("initial_norm", torch.full((), math.nan, dtype=torch.float64))
         self.register_buffer("told", torch.zeros((), dtype=torch.bool))
 
-    def remember(self, encoder: nn.Module) -> None:
-        """Note the encoder's size before its first update."""
+    def remember(self, trained: nn.Module) -> None:
+        """Note the size of what is trained before its first update."""
         if not self._remembered and bool(self.initial_norm.isnan()):
-            self.initial_norm.copy_(squared_norm(encoder))
+            self.initial_norm.copy_(squared_norm(trained))
         self._remembered = True
 
     def observe(
@@ -110,7 +110,7 @@ class CollapseWatch(nn.Module):
             metrics["positive_share"] = share
         return metrics
 
-    def warnings(self, step: int, encoder: nn.Module) -> list[Warned]:
+    def warnings(self, step: int, trained: nn.Module) -> list[Warned]:
         """Return what the state after optimizer step `step` (from 0) calls for."""
         found = []
         epoch, into_epoch = divmod(step + 1, self._steps_per_epoch)
@@ -128,7 +128,7 @@ class CollapseWatch(nn.Module):
                 )
             )
         if into_epoch == 0:
-            found += self._epoch_warnings(epoch, encoder)
+            found += self._epoch_warnings(epoch, trained)
             self.positives.zero_()
             self.anchors.zero_()
         return found
@@ -141,7 +141,7 @@ class CollapseWatch(nn.Module):
     def _for_steps(self, batches: Tensor, steps: int) -> bool:
         return int(batches) >= steps * self._batches_per_step
 
-    def _epoch_warnings(self, epoch: int, encoder: nn.Module) -> list[Warned]:
+    def _epoch_warnings(self, epoch: int, trained: nn.Module) -> list[Warned]:
         found = []
         if epoch == 1 and float(self.anchors):
             share = float(self.positives / self.anchors)
@@ -153,12 +153,12 @@ class CollapseWatch(nn.Module):
                         hint="set contrastive.batch_sampler to class_balanced",
                     )
                 )
-        unmoved = epoch <= 2 and float(squared_norm(encoder)) == float(self.initial_norm)
+        unmoved = epoch <= 2 and float(squared_norm(trained)) == float(self.initial_norm)
         if epoch == self._first_moving_epoch and unmoved:
             found.append(
                 Warned(
                     code="no_update",
-                    message=f"the encoder did not change up to epoch {epoch}",
+                    message=f"nothing was learned up to epoch {epoch}: no weight changed",
                     hint="check the learning rate and its schedule",
                 )
             )

@@ -31,6 +31,16 @@ class Embedding:
 
 
 @dataclass(frozen=True)
+class Images:
+    """Which images the vectors of a global batch are of."""
+
+    labels: Tensor
+    """[B], -1 where an image has none."""
+    ids: Tensor
+    """[B]: their positions in the training split."""
+
+
+@dataclass(frozen=True)
 class ContrastiveLoss:
     """What a method makes of the vectors of a global batch."""
 
@@ -56,6 +66,7 @@ class ContrastiveMethod(Method):
         watch: of collapse.
         row_head: what follows the encoder row by row; None: the loss gets the encoder's vectors,
             and what looks at the batch as a whole belongs into `contrast`.
+        trained: what must change for the stage to be of use; None: the encoder.
     """
 
     def __init__(
@@ -65,21 +76,23 @@ class ContrastiveMethod(Method):
         *,
         watch: CollapseWatch,
         row_head: nn.Module | None = None,
+        trained: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.trained = encoder if trained is None else trained
         self.row_head = nn.Identity() if row_head is None else row_head
         self.watch = watch
         self._embedding = embedding
 
     def contrast(
-        self, vectors: Tensor, labels: Tensor, generator: torch.Generator
+        self, vectors: Tensor, images: Images, generator: torch.Generator
     ) -> ContrastiveLoss:
         """Return the loss of the global batch, alike in all processes.
 
         Args:
             vectors: [B, V, d] of `row_head`, image by image.
-            labels: [B], -1 where an image has none.
+            images: of the batch.
             generator: in the same state in all processes.
         """
         raise NotImplementedError
@@ -89,11 +102,12 @@ class ContrastiveMethod(Method):
 
     def step(self, batch: Batch, generator: torch.Generator) -> StepOutput:
         """Return the loss of the global batch that `batch` is this process's share of."""
-        self.watch.remember(self.encoder)
+        self.watch.remember(self.trained)
         world = self._embedding.world
         vectors = world.gather(self.embed(batch, generator))
-        labels = world.gather(batch.labels)
-        found = self.contrast(vectors, labels, generator)
+        ids = torch.from_numpy(batch.positions).to(batch.labels)
+        labels, ids = world.gather(torch.stack((batch.labels, ids), dim=1)).unbind(dim=1)
+        found = self.contrast(vectors, Images(labels, ids), generator)
         metrics = self.watch.observe(
             found.watched.detach(),
             labels if self.uses_labels else None,
@@ -123,7 +137,7 @@ class ContrastiveMethod(Method):
 
     def after_step(self, step: int) -> list[Warned]:
         """Return the warnings that the last steps call for."""
-        return self.watch.warnings(step, self.encoder)
+        return self.watch.warnings(step, self.trained)
 
 
 def grad_cache_warnings(encoder: nn.Module, *, micro_batch_size: int) -> list[Warned]:

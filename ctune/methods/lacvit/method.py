@@ -14,7 +14,7 @@ from ctune.losses.contrastive import simplex_supcon_loss, supervised_contrastive
 from ctune.losses.n_pair import n_pair_indices, n_pair_loss, squared_norm_per_pair
 from ctune.methods.base import ImageSource, Program, RunContext, Stage, StagePlan
 from ctune.methods.collapse import CollapseWatch, UniformLoss
-from ctune.methods.contrastive import ContrastiveLoss, ContrastiveMethod, Embedding
+from ctune.methods.contrastive import ContrastiveLoss, ContrastiveMethod, Embedding, Images
 from ctune.methods.lacvit.advice import COLLAPSE_HINTS, advise, start_warnings
 from ctune.methods.lacvit.config import ContrastiveConfig, LaCViTConfig
 from ctune.methods.probe_stage import make_classifier, probe_plan
@@ -46,15 +46,15 @@ class LaCViT(ContrastiveMethod):
         self._loss_floor = loss_floor
 
     def contrast(
-        self, vectors: Tensor, labels: Tensor, generator: torch.Generator
+        self, vectors: Tensor, images: Images, generator: torch.Generator
     ) -> ContrastiveLoss:
-        """Return the loss over the global batch: vectors [B, V, d], labels [B]."""
+        """Return the loss over the global batch: vectors [B, V, d]."""
         if self._config.loss == "n_pair":
-            return self._n_pair(vectors, labels, generator)
+            return self._n_pair(vectors, images.labels, generator)
         config = self._config
         loss = supervised_contrastive_loss(
             vectors,
-            labels if config.uses_labels else None,
+            images.labels if config.uses_labels else None,
             temperature=config.temperature,
             base_temperature=config.base_temperature,
             contrast_mode=config.contrast_mode,

@@ -15,7 +15,7 @@ from ctune.heads import ProjectionHead
 from ctune.losses.contrastive import nt_xent_loss
 from ctune.methods.base import ImageSource, Program, RunContext, Stage, StagePlan
 from ctune.methods.collapse import CollapseWatch, UniformLoss
-from ctune.methods.contrastive import ContrastiveLoss, ContrastiveMethod, Embedding
+from ctune.methods.contrastive import ContrastiveLoss, ContrastiveMethod, Embedding, Images
 from ctune.methods.simclr.advice import COLLAPSE_HINT, advise, start_warnings
 from ctune.methods.simclr.config import NUM_VIEWS, SimCLRConfig
 from ctune.optim import layer_decay_param_groups, make_optimizer
@@ -49,7 +49,7 @@ class SimCLR(ContrastiveMethod):
         self._temperature = temperature
 
     def contrast(
-        self, vectors: Tensor, labels: Tensor, generator: torch.Generator
+        self, vectors: Tensor, images: Images, generator: torch.Generator
     ) -> ContrastiveLoss:
         """Return NT-Xent over the global batch: vectors [B, V, D] of the encoder."""
         num_images, num_views, _ = vectors.shape

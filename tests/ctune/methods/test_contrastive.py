@@ -16,6 +16,7 @@ from ctune.methods.contrastive import (
     ContrastiveLoss,
     ContrastiveMethod,
     Embedding,
+    Images,
     grad_cache_warnings,
 )
 
@@ -37,9 +38,9 @@ class AsTheyAre(ContrastiveMethod):
     """A method that shows what it gets."""
 
     def contrast(
-        self, vectors: Tensor, labels: Tensor, generator: torch.Generator
+        self, vectors: Tensor, images: Images, generator: torch.Generator
     ) -> ContrastiveLoss:
-        self.got, self.labels, self.draw = vectors, labels, torch.rand((), generator=generator)
+        self.got, self.images, self.draw = vectors, images, torch.rand((), generator=generator)
         return ContrastiveLoss(nt_xent_loss(vectors, temperature=1.0, normalize=True), vectors, 1.0)
 
 
@@ -71,7 +72,8 @@ def test_views_of_one_image_stay_together(micro_batch_size: int | None) -> None:
     stage.step(given, torch.Generator().manual_seed(1))
     expected = (colours / 255)[:, None, :].expand(6, 3, 3)
     torch.testing.assert_close(stage.got, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(stage.labels, given.labels)
+    assert torch.equal(stage.images.labels, given.labels)
+    assert stage.images.ids.tolist() == given.positions.tolist()
 
 
 def test_micro_batches_get_the_views_of_the_whole_batch_and_no_more_at_once() -> None:

@@ -16,6 +16,7 @@ from ctune.backbones import build_encoder
 from ctune.config import RunConfig, check, resolve
 from ctune.encoders import TimmEncoder
 from ctune.manifest import DatasetSummary
+from ctune.methods.contrastive import Images
 from ctune.methods.simclr.advice import advise, start_warnings
 from ctune.methods.simclr.config import SimCLRConfig
 from ctune.methods.simclr.method import SimCLR, learning_rate, make_head, make_views
@@ -207,10 +208,11 @@ def test_vectors_that_are_all_alike_have_the_uniform_loss(store: Path, tmp_path:
     method = stage_of(Bench("simclr", store, tmp_path, {"projection_head": "none"})).method
     assert isinstance(method, SimCLR)
     vectors = torch.ones(6, 2, 24)
-    found = method.contrast(vectors, torch.zeros(6), torch.Generator())
+    images = Images(torch.zeros(6), torch.arange(6))
+    found = method.contrast(vectors, images, torch.Generator())
     assert float(found.loss) == pytest.approx(math.log(11))
     assert found.uniform_loss == pytest.approx(math.log(11))
-    longer = method.contrast(vectors * torch.rand(6, 2, 1), torch.zeros(6), torch.Generator())
+    longer = method.contrast(vectors * torch.rand(6, 2, 1), images, torch.Generator())
     assert float(longer.loss) == pytest.approx(math.log(11)), "lengths do not matter"
 
 
