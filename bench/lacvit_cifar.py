@@ -5,15 +5,12 @@
 """
 
 import argparse
-import collections
 import json
 import os
 import platform
 import statistics
-import tarfile
 import tempfile
 import time
-import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,25 +18,9 @@ from typing import Any
 import torch
 
 import ctune
+from bench.cifar import write_subset
 from ctune.events import Metrics, read_events
 from ctune.rundir import RunDir
-
-
-def write_subset(cifar: Path, archive: Path, *, train_per_class: int, test_per_class: int) -> None:
-    """Write the first images of every class as a zip of class folders."""
-    limits = {"train": train_per_class, "test": test_per_class}
-    counts: collections.Counter[tuple[str, str]] = collections.Counter()
-    with tarfile.open(cifar) as source, zipfile.ZipFile(archive, "w") as target:
-        for member in source:
-            if not member.isfile():
-                continue
-            split, label, name = member.name.split("/")[-3:]
-            if counts[split, label] >= limits[split]:
-                continue
-            counts[split, label] += 1
-            file = source.extractfile(member)
-            assert file is not None
-            target.writestr(f"{split}/{label}/{name}", file.read())
 
 
 def config(seed: int, epochs: int) -> dict[str, Any]:
