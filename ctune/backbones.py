@@ -3,38 +3,26 @@
 Letters: B images, D dimensions, s side of the input in pixels.
 """
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, model_entrypoint
 from torch import Tensor, nn
 
 from ctune import mae_checkpoint
-from ctune.encoders import (
-    CONSENT,
-    FileEncoder,
-    ModelEncoder,
-    TimmEncoder,
-    is_noncommercial,
-    option_faults,
-)
+from ctune.encoder_source import EncoderSource, check_consent, registered, resolve_source
+from ctune.encoders import FileEncoder, ModelEncoder, TimmEncoder
 from ctune.errors import EncoderError
 from ctune.preprocess import Preprocessing
 from ctune.schema import JsonObject
-from ctune.weights import fetch_weights, load_weights, read_torch_file, read_weights, strip_prefix
+from ctune.weights import fetch_weights, load_weights
 
 Pool = Literal["mean", "mean_of_normed", "cls", "auto"]
 Rgb = tuple[float, float, float]
 
 GLOBAL_POOL: Mapping[Pool, str] = {"mean": "avg", "mean_of_normed": "avg", "cls": "token"}
-TORCH_SUFFIXES = (".pth", ".pt")
 UNKNOWN_OPTION = re.compile(r"unexpected keyword argument '(\w+)'")
 BUILD_ERRORS = (
     ArithmeticError,
@@ -98,44 +86,6 @@ class Encoder(nn.Module):
         return features
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What to build and with which weights, before the pooling is settled."""
-
-    architecture: str
-    cfg: JsonObject
-    """timm's pretrained_cfg: input size, mean, std, names of classifier and first convolution."""
-    options: JsonObject
-    licence: str | None = None
-    weights: dict[str, Tensor] | None = None
-    global_pool: str | None = None
-    """As stored with the weights or derived from them; none for the architecture's own."""
-    is_mae: bool = False
-    """The weights are those of a published masked autoencoder, by their form or their tag."""
-
-    def settled(self) -> JsonObject:
-        """Return the arguments that have a place of their own: size and pooling."""
-        args: JsonObject = {}
-        if self.cfg.get("fixed_input_size"):
-            args["img_size"] = self.cfg["input_size"][-1]
-        if self.global_pool is not None:
-            args["global_pool"] = self.global_pool
-        return args
-
-    def create(self, **kwargs: Any) -> nn.Module:
-        """Build the module with random weights."""
-        kwargs |= self.settled()
-        module: nn.Module = timm.create_model(
-            self.architecture, pretrained_cfg=self.cfg, num_classes=0, **self.options, **kwargs
-        )
-        return module
-
-    def probe(self) -> nn.Module:
-        """Build the module without memory for its weights; the random state stays as it is."""
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return self.create()
-
-
 def build_encoder(
     config: TimmEncoder | FileEncoder | ModelEncoder,
     *,
@@ -166,9 +116,9 @@ def build_encoder(
             ``checkpoint_format``), used (``noncommercial_weights``) or that do not fit
             (``weights_mismatch``, with the keys).
     """
-    source = _resolve(config, encoder_dir)
+    source = resolve_source(config, encoder_dir)
     if not allow_noncommercial_weights:
-        _check_licence(source)
+        check_consent(source)
     if isinstance(config, TimmEncoder) and config.pretrained:
         published = fetch_weights(source.architecture, source.cfg.get("hf_hub_id"))
         source = replace(source, weights=published)
@@ -190,132 +140,7 @@ def build_encoder(
     )
 
 
-def _resolve(config: TimmEncoder | FileEncoder | ModelEncoder, encoder_dir: Path | None) -> _Source:
-    if isinstance(config, ModelEncoder):
-        if encoder_dir is None:
-            raise EncoderError(f"the files of model {config.id} are not given", code="no_model")
-        return _from_directory(encoder_dir, {})
-    _refuse_options(config.options)
-    if isinstance(config, TimmEncoder):
-        architecture, cfg = _registered(config.name)
-        if not config.pretrained:
-            return _Source(architecture, cfg, config.options)
-        is_mae = config.name.startswith("vit_") and cfg.get("tag") == "mae"
-        licence = cfg.get("license") or "unknown"
-        return _Source(architecture, cfg, config.options, licence, is_mae=is_mae)
-    path = Path(config.path)
-    return _from_directory(path, config.options) if path.is_dir() else _from_file(path, config)
-
-
-def _check_licence(source: _Source) -> None:
-    if source.is_mae or is_noncommercial(source.licence):
-        form = ", those of a published masked autoencoder," if source.is_mae else ""
-        raise EncoderError(
-            f"the weights{form} are under licence {source.licence}, which is not allowed here",
-            hint=f"{CONSENT} Or use other weights.",
-            code="noncommercial_weights",
-        )
-
-
-def _from_file(path: Path, config: FileEncoder) -> _Source:
-    if config.name is None:
-        raise EncoderError(
-            f"{path} holds weights but not their architecture",
-            hint="set name to a timm architecture, or give a directory exported by ctune",
-            code="unknown_encoder",
-        )
-    architecture, cfg = _registered(config.name)
-    if path.suffix in TORCH_SUFFIXES:
-        return _from_mae(architecture, cfg, config.options, read_torch_file(path))
-    weights = strip_prefix(read_weights(path))
-    if mae_checkpoint.is_pretraining_state_dict(weights):
-        return _from_mae(architecture, cfg, config.options, {"model": weights})
-    options = config.options
-    if model_entrypoint(architecture).__module__ == "timm.models.beit":
-        options = {**_position_flags(weights), **options}
-    pool = "avg" if "fc_norm.weight" in weights else None
-    if pool is None and {"norm.weight", "cls_token"} <= weights.keys():
-        pool = "token"
-    return _Source(architecture, cfg, options, "unknown", weights, pool)
-
-
-def _from_mae(
-    architecture: str, cfg: JsonObject, options: JsonObject, checkpoint: Mapping[str, Any]
-) -> _Source:
-    weights = mae_checkpoint.convert_encoder_state_dict(checkpoint)
-    licence = mae_checkpoint.checkpoint_licence(checkpoint)
-    cfg |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-    return _Source(architecture, cfg, options, licence, weights, "token", is_mae=True)
-
-
-def _from_directory(path: Path, options: JsonObject) -> _Source:
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        licence = json.loads((path / "model.json").read_text(encoding="utf-8"))["licence"]
-        architecture, cfg = config["architecture"], config["pretrained_cfg"]
-        stored = dict(config.get("model_args", {}))
-        for name in ("input_size", "mean", "std"):
-            cfg[name] = tuple(cfg[name])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise EncoderError(
-            f"{path} is not a directory exported by ctune: {error}",
-            hint="it must hold config.json, model.json and model.safetensors",
-            code="weights_unreadable",
-        ) from error
-    _known(architecture)
-    stored.pop("img_size", None)
-    pool = stored.pop("global_pool", None)
-    _refuse_options(stored)
-    weights = read_weights(path / "model.safetensors")
-    cfg["architecture"] = architecture
-    return _Source(architecture, cfg, {**stored, **options}, licence, weights, pool)
-
-
-def _registered(name: str) -> tuple[str, JsonObject]:
-    """Return architecture and pretrained_cfg of a timm name with or without a weight tag."""
-    architecture, _, tag = name.partition(".")
-    _known(architecture)
-    try:
-        cfg = get_pretrained_cfg(name)
-    except RuntimeError as error:
-        raise EncoderError(
-            f"timm knows no weights {tag!r} of {architecture!r}",
-            hint=f"timm.list_pretrained('{architecture}*') lists those it knows",
-            code="unknown_weights",
-        ) from error
-    return architecture, asdict(cfg or PretrainedCfg(architecture=architecture))
-
-
-def _known(architecture: str) -> None:
-    if not is_model(architecture):
-        raise EncoderError(
-            f"timm has no architecture {architecture!r}",
-            hint=f"timm {timm.__version__} is installed; timm.list_models() lists what it has",
-            code="unknown_encoder",
-        )
-
-
-def _refuse_options(options: JsonObject) -> None:
-    """Keep out what has a place of its own and what would make timm load other files."""
-    faults = option_faults(options)
-    if faults:
-        raise EncoderError(
-            " ".join(fault.detail for fault in faults),
-            hint="options are the architecture's own keyword arguments",
-            code="unknown_option",
-        )
-
-
-def _position_flags(weights: Mapping[str, Tensor]) -> JsonObject:
-    """Return the kinds of position information that the weights of a BEiT hold."""
-    return {
-        "use_abs_pos_emb": "pos_embed" in weights,
-        "use_rel_pos_bias": "blocks.0.attn.relative_position_bias_table" in weights,
-        "use_shared_rel_pos_bias": any(key.startswith("rel_pos_bias.") for key in weights),
-    }
-
-
-def _probe(source: _Source) -> nn.Module:
+def _probe(source: EncoderSource) -> nn.Module:
     """Build without memory; name every unknown option at once."""
     unknown: list[str] = []
     attempt = source
@@ -344,9 +169,9 @@ def _probe(source: _Source) -> nn.Module:
         return probe
 
 
-def _settle_pool(source: _Source, pool: Pool) -> tuple[_Source, bool]:
+def _settle_pool(source: EncoderSource, pool: Pool) -> tuple[EncoderSource, bool]:
     """Return the source with its pooling, and whether that is another than it had."""
-    plain = _probe(_Source(*_registered(source.architecture), options={}))
+    plain = _probe(EncoderSource(*registered(source.architecture), options={}))
     own = getattr(plain, "global_pool", None)
     is_transformer = isinstance(own, str) and hasattr(plain, "num_prefix_tokens")
     if pool == "auto" or not is_transformer:
@@ -379,7 +204,7 @@ def _check_patches(probe: nn.Module, size_px: int) -> None:
         )
 
 
-def _drop_path_kwargs(source: _Source, drop_path: float) -> JsonObject:
+def _drop_path_kwargs(source: EncoderSource, drop_path: float) -> JsonObject:
     if not drop_path:
         return {}
     kwargs = {"drop_path_rate": drop_path}
