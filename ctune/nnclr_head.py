@@ -13,9 +13,9 @@ alone differs, by the factor (N - 1) S / (N S - 1) of the unbiased estimate for 
 Letters: B images of the global batch, D dimensions of the encoder, o of the head, Q rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,17 @@ class NNCLRSettings:
     """See `nnclr_loss`."""
 
 
+class PooledBatch(NamedTuple):
+    """One view of a global batch, for `NNCLRHead.prefill`."""
+
+    pooled: Tensor
+    """[B, D]."""
+    ids: Tensor
+    """[B] positions of the images in the data set, all different."""
+    labels: Tensor | None = None
+    """[B] classes, -1 where there is none; None: there are none at all."""
+
+
 @dataclass(frozen=True)
 class NNCLRStep:
     """What the head makes of a batch."""
@@ -65,9 +76,12 @@ class NNCLRStep:
     index: Tensor
     """[2, B]: the row of the queue that each view drew; for ``no_queue`` the nearest."""
     metrics: dict[str, Tensor]
-    """With labels ``nn_accuracy`` and ``nn_accuracy_top1``: the share of labelled images whose
-    first view's drawn, or nearest, row has the image's class. For ``oracle`` both are of the
-    nearest row without the labels' help."""
+    """``nn_similarity``: mean cosine of the first view with its nearest row. ``nn_agreement``:
+    share of images whose two views have the same nearest row. With labels ``nn_accuracy`` and
+    ``nn_accuracy_top1``: the share of labelled images whose first view's drawn, or nearest, row has
+    the image's class. For ``oracle`` all are of the nearest row without the labels' help."""
+    num_labelled: Tensor
+    """Scalar: images that the accuracies are of."""
 
 
 class NNCLRHead(nn.Module):
@@ -162,15 +176,40 @@ class NNCLRHead(nn.Module):
             nnclr_loss(p, n, temperature=temperature, transposed=transposed)
             for p, n in zip(predicted, reversed(neighbors), strict=True)
         ]
-        metrics = {}
-        if labels is not None:
-            chosen, nearest = drawn[0], ranked[0][:, 0]
-            if settings.variant == "oracle":
-                plain = replace(settings, variant="nnclr", top_k=1)
-                chosen = nearest = self._look_up(z[0], ids, labels, plain)[:, 0]
-            metrics = self._accuracies(labels, chosen=chosen, nearest=nearest)
-        self.queue.enqueue(z[0], torch.full_like(ids, -1) if labels is None else labels, ids)
-        return NNCLRStep((losses[0] + losses[1]) / 2, z, torch.stack(drawn), metrics)
+        told = torch.full_like(ids, -1) if labels is None else labels
+        metrics = self._metrics(z, ids, labels, settings, ranked=ranked, chosen=drawn[0])
+        self.queue.enqueue(z[0], told, ids)
+        return NNCLRStep(
+            (losses[0] + losses[1]) / 2, z, torch.stack(drawn), metrics, (told >= 0).sum()
+        )
+
+    @torch.no_grad()
+    def prefill(self, batches: Iterable[PooledBatch]) -> None:
+        """Replace the whole queue by the projector's vectors, without which it starts as noise.
+
+        Batch norm is in training mode, as it is for the vectors that follow. Does nothing where the
+        queue has vectors of images already, as after a resume.
+
+        Args:
+            batches: as many as the queue holds are taken.
+
+        Raises:
+            ValueError: too few batches; as `NearestNeighborQueue.enqueue`.
+        """
+        if bool((self.queue.ids >= 0).any()):
+            return
+        self.train()
+        filled = 0
+        for batch in batches:
+            z = unit_length(self.projector(batch.pooled))
+            told = torch.full_like(batch.ids, -1) if batch.labels is None else batch.labels
+            self.queue.enqueue(z, told, batch.ids)
+            filled += len(z)
+            if filled == len(self.queue):
+                return
+        raise ValueError(
+            f"{filled} images do not fill the queue of {len(self.queue)} rows; give more batches"
+        )
 
     def _view(self, pooled: Tensor, variant: HeadVariant) -> tuple[Tensor, Tensor]:
         """Return prediction and looked-up vector [B, o] of one view, the latter of unit length."""
@@ -198,14 +237,32 @@ class NNCLRHead(nn.Module):
             oracle_labels=oracle_labels,
         )
 
-    def _accuracies(self, labels: Tensor, *, chosen: Tensor, nearest: Tensor) -> dict[str, Tensor]:
+    def _metrics(
+        self,
+        z: Tensor,
+        ids: Tensor,
+        labels: Tensor | None,
+        settings: NNCLRSettings,
+        *,
+        ranked: Sequence[Tensor],
+        chosen: Tensor,
+    ) -> dict[str, Tensor]:
+        nearest = [rows[:, 0] for rows in ranked]
+        if settings.variant == "oracle":
+            plain = replace(settings, variant="nnclr", top_k=1)
+            nearest = [self._look_up(view, ids, None, plain)[:, 0] for view in z]
+            chosen = nearest[0]
+        metrics = {
+            "nn_similarity": (z[0] * self.queue.features[nearest[0]]).sum(dim=1).mean(),
+            "nn_agreement": (nearest[0] == nearest[1]).float().mean(),
+        }
+        if labels is None:
+            return metrics
         labelled = labels >= 0
         count = labelled.sum().clamp(min=1)
-        rows = {"nn_accuracy": chosen, "nn_accuracy_top1": nearest}
-        return {
-            name: ((self.queue.labels[index] == labels) & labelled).sum() / count
-            for name, index in rows.items()
-        }
+        for name, rows in (("nn_accuracy", chosen), ("nn_accuracy_top1", nearest[0])):
+            metrics[name] = ((self.queue.labels[rows] == labels) & labelled).sum() / count
+        return metrics
 
     def _check(self, pooled: Sequence[Tensor], ids: Tensor, settings: NNCLRSettings) -> None:
         count = len(ids)

@@ -16,13 +16,12 @@ from ctune.distributed import World
 from ctune.errors import DivergedError, OutOfMemoryError
 from ctune.events import EventBase, Metrics
 from ctune.gradient_watch import GradientWatch
-from ctune.methods.base import Batch, Source, Stage, StepOutput
+from ctune.methods.base import Batch, Source, Stage, StepOutput, log_interval_steps
 from ctune.optim import clip_gradients_per_tensor
 from ctune.samplers import Indices, steps_per_epoch
 from ctune.seeding import make_generator, seed_everything
 
 PROGRESS_INTERVAL_S = 1.0
-LOGS_PER_STAGE = 1000
 SHOWN_IMAGES = 16
 
 
@@ -68,7 +67,7 @@ def fit(stage: Stage, *, name: str, seed: int, start_step: int, hooks: Hooks) ->
     """
     per_epoch = steps_per_epoch(stage.sampler, stage.accumulate_steps)
     total_steps = per_epoch * stage.epochs
-    log_every = max(1, total_steps // LOGS_PER_STAGE)
+    log_every = log_interval_steps(total_steps)
     parameters = [p for group in stage.optimizer.param_groups for p in group["params"]]
     world, step, pace = hooks.world, start_step, Pace(start_step)
     fetch = functools.partial(_fetch_share, stage.source, world)

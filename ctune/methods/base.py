@@ -21,6 +21,14 @@ from ctune.methods.base_config import PlannedStage
 from ctune.samplers import EpochBatches, Indices
 from ctune.schema import JsonObject
 
+LOGS_PER_STAGE = 1000
+"""Or up to twice as many."""
+
+
+def log_interval_steps(total_steps: int) -> int:
+    """Return the optimizer steps between two events with metrics, the first after step 0."""
+    return max(1, total_steps // LOGS_PER_STAGE)
+
 
 @dataclass(frozen=True)
 class Batch:

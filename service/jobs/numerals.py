@@ -77,6 +77,13 @@ _WORDS = {
     "intra_count": "pairs of one class",
     "inter_count": "pairs of two classes",
     "positive_share": "share of images with a positive",
+    "nn_accuracy": "drawn neighbours of the right class",
+    "nn_accuracy_top1": "nearest neighbours of the right class",
+    "nn_similarity": "cosine with the nearest neighbour",
+    "nn_agreement": "share of images whose two views have one neighbour",
+    "drawn_share": "share of the queue that is drawn",
+    "mae_loss": "loss of the hidden patches",
+    "nnclr_loss": "loss of the neighbours",
 }
 _FIRST = ("knn", "linear_probe", "classifier", "nearest_neighbor", "low_shot", "classification")
 _PATTERNS = (

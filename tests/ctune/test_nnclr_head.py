@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctune.losses.nnclr import nnclr_loss
-from ctune.nnclr_head import NNCLRHead, NNCLRSettings, NNCLRStep
+from ctune.nnclr_head import NNCLRHead, NNCLRSettings, NNCLRStep, PooledBatch
 from ctune.unit_length import unit_length
 
 IN_DIM, BATCH, SIZE = 6, 4, 12
@@ -161,7 +161,8 @@ def test_the_order_of_images_changes_nothing_but_the_order_of_the_queue(variant:
     )
     torch.testing.assert_close(permuted.loss, found.loss)
     torch.testing.assert_close(other.queue.features[:BATCH], one.queue.features[:BATCH][order])
-    assert permuted.metrics == found.metrics
+    for name, value in found.metrics.items():
+        torch.testing.assert_close(permuted.metrics[name], value, msg=name)
 
 
 def test_draws_follow_the_generator() -> None:
@@ -226,6 +227,7 @@ def test_accuracy_of_what_was_drawn_and_of_what_is_nearest() -> None:
     drawn = [bool(labels[row] == label) for row, label in zip(found.index[0], told, strict=True)]
     assert float(found.metrics["nn_accuracy"]) == pytest.approx(sum(drawn[:3]) / 3)
     assert float(found.metrics["nn_accuracy_top1"]) == 1.0, "each finds itself"
+    assert found.num_labelled == 3
 
 
 def test_an_oracle_draws_the_class_but_its_accuracy_does_not_see_labels() -> None:
@@ -243,8 +245,58 @@ def test_an_oracle_draws_the_class_but_its_accuracy_does_not_see_labels() -> Non
 def test_without_labels_there_is_no_accuracy() -> None:
     head = make_head()
     found = head.training_loss(views(), torch.arange(BATCH), settings=PLAIN)
-    assert found.metrics == {}
+    assert set(found.metrics) == {"nn_similarity", "nn_agreement"}
+    assert found.num_labelled == 0
     assert head.queue.labels.tolist() == [-1] * SIZE
+
+
+def test_without_labels_neighbours_are_measured_by_their_cosine_and_by_both_views() -> None:
+    head, plain = make_head(), replace(PLAIN, exclude_self=False)
+    run(head, plain)
+    again = run(head, plain)
+    assert float(again.metrics["nn_similarity"]) == pytest.approx(1.0), "each finds itself"
+    same = head.training_loss([views()[0]] * 2, torch.arange(BATCH), settings=plain)
+    assert float(same.metrics["nn_agreement"]) == 1.0
+    both = views()
+    mixed = [both[0], torch.cat([both[0][:2], both[1][2:]])]
+    head.eval()  # so that a vector does not depend on the others of its view
+    rows = head.queue.features.clone()
+    found = head.training_loss(mixed, torch.arange(BATCH), settings=plain)
+    nearest = (found.z @ rows.T).argmax(dim=2)
+    agreeing = float((nearest[0] == nearest[1]).float().mean())
+    assert 0.5 <= agreeing < 1
+    assert float(found.metrics["nn_agreement"]) == agreeing
+
+
+def batches(count: int) -> list[PooledBatch]:
+    rows = [torch.arange(BATCH) + BATCH * step for step in range(count)]
+    return [PooledBatch(views(n)[0].detach(), ids, LABELS) for n, ids in enumerate(rows)]
+
+
+def test_a_queue_filled_first_has_no_noise() -> None:
+    head, noise = make_head(), make_head()
+    head.prefill(iter(batches(5)))
+    assert head.queue.ids.tolist() == list(range(SIZE))
+    assert int(head.queue.pointer) == 0
+    assert head.queue.labels.tolist() == LABELS.tolist() * 3
+    rows = [unit_length(noise.projector(batch.pooled)).detach() for batch in batches(3)]
+    assert torch.equal(head.queue.features, torch.cat(rows))
+    unlabelled = make_head()
+    unlabelled.prefill(batch._replace(labels=None) for batch in batches(3))
+    assert unlabelled.queue.labels.tolist() == [-1] * SIZE
+
+
+def test_a_queue_is_filled_once_and_not_after_a_resume() -> None:
+    head = make_head()
+    run(head)
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    head.prefill(batches(3))
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+
+
+def test_too_few_images_to_fill_the_queue() -> None:
+    with pytest.raises(ValueError, match="8 images do not fill the queue of 12 rows"):
+        make_head().prefill(batches(2))
 
 
 def test_classes_of_the_nearest_rows() -> None:
