@@ -52,6 +52,8 @@ class NNCLRSettings:
     """Whether older vectors of the same image are no neighbours."""
     transposed: bool = False
     """See `nnclr_loss`."""
+    symmetric: bool = True
+    """Mean of both directions; else the loss of the first view's predictions alone."""
 
 
 class PooledBatch(NamedTuple):
@@ -70,7 +72,7 @@ class NNCLRStep:
     """What the head makes of a batch."""
 
     loss: Tensor
-    """Scalar: mean of both directions."""
+    """Scalar."""
     z: Tensor
     """[2, B, o]: vectors of unit length that are looked up, without gradient."""
     index: Tensor
@@ -176,12 +178,11 @@ class NNCLRHead(nn.Module):
             nnclr_loss(p, n, temperature=temperature, transposed=transposed)
             for p, n in zip(predicted, reversed(neighbors), strict=True)
         ]
+        loss = (losses[0] + losses[1]) / 2 if settings.symmetric else losses[0]
         told = torch.full_like(ids, -1) if labels is None else labels
         metrics = self._metrics(z, ids, labels, settings, ranked=ranked, chosen=drawn[0])
         self.queue.enqueue(z[0], told, ids)
-        return NNCLRStep(
-            (losses[0] + losses[1]) / 2, z, torch.stack(drawn), metrics, (told >= 0).sum()
-        )
+        return NNCLRStep(loss, z, torch.stack(drawn), metrics, (told >= 0).sum())
 
     @torch.no_grad()
     def prefill(self, batches: Iterable[PooledBatch]) -> None:

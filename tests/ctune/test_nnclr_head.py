@@ -149,6 +149,20 @@ def test_exchanging_the_views_changes_the_queue_but_not_the_loss() -> None:
     assert not torch.equal(other.queue.features, one.queue.features)
 
 
+def test_one_direction_is_the_loss_of_the_first_views_predictions() -> None:
+    head, pooled, ids = make_head(), views(), torch.arange(BATCH)
+    start = head.queue.features.clone()
+    found = head.training_loss(pooled, ids, settings=replace(PLAIN, symmetric=False))
+    again = make_head()
+    predicted = [again.predictor(again.projector(view)) for view in pooled]
+    first, second = (
+        nnclr_loss(predicted[v], start[found.index[1 - v]], temperature=0.15) for v in (0, 1)
+    )
+    torch.testing.assert_close(found.loss, first)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(run(make_head()).loss, (first + second) / 2)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_order_of_images_changes_nothing_but_the_order_of_the_queue(variant: Any) -> None:
     one, other = make_head().double(), make_head().double()
