@@ -23,7 +23,7 @@ from ctune.encoders import (
 )
 from ctune.errors import EncoderError
 from ctune.schema import JsonObject
-from ctune.weights import read_torch_file, read_weights, strip_prefix
+from ctune.weights import read_licence, read_torch_file, read_weights, strip_prefix
 
 TORCH_SUFFIXES = (".pth", ".pt")
 
@@ -122,7 +122,8 @@ def _from_file(path: Path, config: FileEncoder) -> EncoderSource:
     if path.suffix in TORCH_SUFFIXES:
         return _from_mae(architecture, cfg, config.options, read_torch_file(path))
     weights = strip_prefix(read_weights(path))
-    if mae_checkpoint.is_pretraining_state_dict(weights):
+    licence = read_licence(path)
+    if licence == "unknown" and mae_checkpoint.is_published_state_dict(weights):
         return _from_mae(architecture, cfg, config.options, {"model": weights})
     options = config.options
     if model_entrypoint(architecture).__module__ == "timm.models.beit":
@@ -130,7 +131,7 @@ def _from_file(path: Path, config: FileEncoder) -> EncoderSource:
     pool = "avg" if "fc_norm.weight" in weights else None
     if pool is None and {"norm.weight", "cls_token"} <= weights.keys():
         pool = "token"
-    return EncoderSource(architecture, cfg, options, "unknown", weights, pool)
+    return EncoderSource(architecture, cfg, options, licence, weights, pool)
 
 
 def _from_mae(

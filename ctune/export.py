@@ -14,7 +14,6 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ctune import model_dir as names
@@ -25,6 +24,7 @@ from ctune.model_card import model_card
 from ctune.model_dir import FORMAT_VERSION, Head, ModelInfo, head_file, seal_file, seal_files
 from ctune.rundir import fsync_directory, write_atomically
 from ctune.schema import JsonObject
+from ctune.weights import write_weights
 
 TOLERANCE = 1e-5
 REFERENCE_SIDE_PX = 512
@@ -70,15 +70,16 @@ def export_model(
     _check_arguments(encoder, classes, heads, reference_images)
     classifier = heads.get(names.CLASSIFIER)
     settled = copy.deepcopy(encoder).cpu().float().eval()
+    licence = encoder.licence
     folder = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     (folder / names.REFERENCE).mkdir(parents=True)
     try:
-        _save_tensors(folder / names.WEIGHTS, settled.backbone.state_dict())
+        write_weights(folder / names.WEIGHTS, settled.backbone.state_dict(), licence=licence)
         _write_json(folder / names.CONFIG, timm_config(settled))
         for name, head in heads.items():
             if tensors := head.state_dict():
-                _save_tensors(folder / head_file(name), tensors)
+                write_weights(folder / head_file(name), tensors, licence=licence)
         vectors = _write_reference(folder, settled, classifier, reference_images)
         info = _describe(settled, classes, classifier, provenance, evaluation)
         info = info.model_copy(update={"files": seal_files(folder)})
@@ -204,7 +205,7 @@ def _write_reference(
         if classifier is not None:
             head = copy.deepcopy(classifier).cpu().float()
             written["probabilities"] = head(vectors).softmax(dim=1)
-    _save_tensors(folder / names.VECTORS, written)
+    write_weights(folder / names.VECTORS, written, licence=encoder.licence)
     return vectors
 
 
@@ -230,10 +231,6 @@ def _prove(folder: Path, vectors: Tensor) -> None:
             f" {difference}, where {limit:.3g} is allowed",
             hint="this is a fault of ctune for this architecture; report its name",
         )
-
-
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
 
 
 def _write_json(path: Path, value: JsonObject) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ctune.errors import CheckpointFormatError, EncoderError
-from ctune.position_embedding import resize_pos_embed
+from ctune.position_embedding import get_2d_sincos_pos_embed, resize_pos_embed
 from ctune.weights import FIRST_LAYER
 
 NESTS = ("model", "state_dict")
@@ -22,13 +22,30 @@ DROPPED = ("mask_token", "decoder_", "head.", "fc_norm.")
 """How keys begin that are no part of a timm encoder as it was pre-trained."""
 OFFICIAL_LICENCE = "cc-by-nc-4.0"
 """Of the weights of facebookresearch/mae; those of MAE-CT came without one."""
+PUBLISHED_SIZES = frozenset({(768, 12, 16), (1024, 24, 16), (1280, 32, 16), (1280, 32, 14)})
+"""Width, depth and patch side of the encoders of both authors."""
+TABLE_TOLERANCE = 1e-2
+"""Covers weights that were stored in bfloat16."""
 BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
-def is_pretraining_state_dict(weights: Mapping[str, Any]) -> bool:
-    """Return whether flat weights are those of a masked autoencoder with its decoder."""
-    has_decoder = any(key.startswith("decoder_") for key in weights)
-    return has_decoder and {"mask_token", "cls_token"} <= weights.keys()
+def is_published_state_dict(weights: Mapping[str, Tensor]) -> bool:
+    """Return whether flat weights look like those of a published masked autoencoder.
+
+    They have its decoder, or one of its sizes and its positions, which are a fixed table: an
+    encoder whose positions were trained has others.
+    """
+    if any(key.startswith("decoder_") for key in weights):
+        return {"mask_token", "cls_token"} <= weights.keys()
+    if not {FIRST_LAYER, "cls_token", "pos_embed", "norm.weight"} <= weights.keys():
+        return False
+    kernels, positions = weights[FIRST_LAYER], weights["pos_embed"][0]
+    width, patch = len(kernels), kernels.shape[-1]
+    grid = math.isqrt(len(positions))
+    if (width, _depth(weights), patch) not in PUBLISHED_SIZES or len(positions) != 1 + grid**2:
+        return False
+    table = torch.from_numpy(get_2d_sincos_pos_embed(width, (grid, grid), cls_token=True))
+    return torch.allclose(positions.to(table), table, rtol=0, atol=TABLE_TOLERANCE)
 
 
 def checkpoint_licence(checkpoint: Mapping[str, Any]) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from timm.models import load_pretrained
 from torch import Tensor, nn
 
@@ -30,6 +30,8 @@ UNUSED = ("head.*", "head_dist.*", "mask_token", "decoder*", "*relative_position
 """Keys of a file that an encoder does not need."""
 COMPUTED = ("*relative_position_index",)
 """Keys of a module that a file need not have."""
+LICENCE = "licence"
+NO_LICENCE = "none"
 POOLING = ("norm.*", "fc_norm.*", "attn_pool.*")
 """Keys that come and go with the pooling of a vision transformer."""
 
@@ -73,6 +75,29 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             hint="give a .safetensors file",
             code="weights_unreadable",
         ) from error
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], *, licence: str | None) -> None:
+    """Write a safetensors file that says itself which licence its weights are under.
+
+    Args:
+        path: of the file.
+        tensors: on any device.
+        licence: as `read_licence` returns it.
+    """
+    on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    # One entry only: several would be written in any order, and equal runs export equal bytes.
+    save_file(on_cpu, path, metadata={LICENCE: licence or NO_LICENCE})
+
+
+def read_licence(path: Path) -> str | None:
+    """Return the licence that a file of `write_weights` names, else ``unknown``.
+
+    None: no licence of earlier weights applies.
+    """
+    with safe_open(path, framework="pt") as file:
+        said = (file.metadata() or {}).get(LICENCE, "unknown")
+    return None if said == NO_LICENCE else said
 
 
 def read_head(model_dir: Path, name: str) -> dict[str, Tensor] | None:

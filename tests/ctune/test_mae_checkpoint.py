@@ -11,13 +11,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import ctune
+from ctune import mae_checkpoint
 from ctune import weights as weights_module
 from ctune.backbones import Encoder, Pool, build_encoder
 from ctune.encoders import FileEncoder, TimmEncoder
 from ctune.errors import CheckpointFormatError, EncoderError
-from ctune.mae_checkpoint import convert_encoder_state_dict, fit_encoder_state_dict
+from ctune.mae_checkpoint import (
+    convert_encoder_state_dict,
+    fit_encoder_state_dict,
+    is_published_state_dict,
+)
 from ctune.model_dir import read_info
-from ctune.position_embedding import resize_pos_embed
+from ctune.position_embedding import get_2d_sincos_pos_embed, resize_pos_embed
+from ctune.weights import write_weights
 from tests.squares import tiny_config, write_archive
 
 VIT = "vit_tiny_patch16_224"
@@ -168,6 +174,68 @@ def test_the_pretraining_as_safetensors_is_recognised(tmp_path: Path) -> None:
     assert torch.equal(encoder.backbone.state_dict()["pos_embed"], wanted)
     with pytest.raises(EncoderError, match="published masked autoencoder"):
         load(tmp_path / "mae.safetensors", allow=False)
+
+
+def fixed_positions(width: int, grid: int) -> Tensor:
+    return torch.from_numpy(get_2d_sincos_pos_embed(width, grid, cls_token=True)).float()[None]
+
+
+def flat_encoder(width: int, depth: int, patch: int, grid: int = 2) -> dict[str, Tensor]:
+    """The keys by which an encoder is told, without memory for the large ones."""
+    return {
+        "cls_token": torch.zeros(1, 1, width),
+        "pos_embed": fixed_positions(width, grid),
+        "patch_embed.proj.weight": torch.zeros(1).expand(width, 3, patch, patch),
+        **{f"blocks.{n}.norm1.weight": torch.ones(1).expand(width) for n in range(depth)},
+        "norm.weight": torch.ones(width),
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "published"),
+    [
+        ((768, 12, 16), {}, True),
+        ((1024, 24, 16), {}, True),
+        ((1280, 32, 14), {}, True),
+        ((768, 12, 16), {"pos_embed": fixed_positions(768, 2).bfloat16()}, True),
+        ((768, 12, 16), {"pos_embed": 0.02 * torch.ones(1, 5, 768)}, False),
+        ((768, 12, 16), {"pos_embed": fixed_positions(768, 2)[:, 1:]}, False),
+        ((768, 11, 16), {}, False),
+        ((384, 12, 16), {}, False),
+        ((768, 12, 8), {}, False),
+    ],
+)
+def test_a_published_encoder_is_told_by_size_and_positions(
+    sizes: tuple[int, int, int], changes: dict[str, Tensor], published: bool
+) -> None:
+    assert is_published_state_dict(flat_encoder(*sizes) | changes) is published
+
+
+def test_an_encoder_without_its_decoder_needs_consent_as_safetensors_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = official_encoder() | {"pos_embed": fixed_positions(24, 4)}
+    save_file(weights, tmp_path / "mae.safetensors")
+    assert load(tmp_path / "mae.safetensors", allow=False).licence == "unknown"
+    monkeypatch.setattr(mae_checkpoint, "PUBLISHED_SIZES", {(24, 2, 4)})
+    with pytest.raises(EncoderError, match="published masked autoencoder"):
+        load(tmp_path / "mae.safetensors", allow=False)
+    assert load(tmp_path / "mae.safetensors").licence == "cc-by-nc-4.0"
+
+
+@pytest.mark.parametrize("licence", [None, "mit", "cc-by-nc-4.0"])
+def test_weights_of_ctune_say_their_licence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, licence: str | None
+) -> None:
+    monkeypatch.setattr(mae_checkpoint, "PUBLISHED_SIZES", {(24, 2, 4)})
+    weights = official_encoder() | {"pos_embed": fixed_positions(24, 4)}
+    write_weights(tmp_path / "own.safetensors", weights, licence=licence)
+    assert load(tmp_path / "own.safetensors").licence == licence
+    if licence == "cc-by-nc-4.0":
+        with pytest.raises(EncoderError, match="cc-by-nc"):
+            load(tmp_path / "own.safetensors", allow=False)
+    else:
+        load(tmp_path / "own.safetensors", allow=False)
 
 
 @pytest.mark.parametrize("size_px", [12, 24])
