@@ -18,8 +18,11 @@ from ctune.encoders import FileEncoder, ModelEncoder, TimmEncoder
 from ctune.errors import EncoderError
 from ctune.export import ExportError, export_model
 from ctune.heads import ProjectionHead
-from ctune.model_dir import read_info
+from ctune.masked_autoencoder import Decoder
+from ctune.model_dir import hash_file, read_info
+from ctune.nnclr_head import NNCLRHead
 from ctune.schema import JsonObject
+from ctune.weights import read_head
 
 TINY: dict[str, Any] = {"patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2}
 PROVENANCE: JsonObject = {
@@ -117,6 +120,8 @@ def test_directory_is_as_documented(tmp_path: Path) -> None:
     info = read_info(folder)
     assert info.files.keys() == names - {"model.json"}
     assert (info.seed, info.licence, info.classes) == (5, None, ["a", "b", "c"])
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "linear layer on these vectors, for 3 classes" in card
     assert info.head is not None and info.head.num_classes == 3
     assert info.method == PROVENANCE["config"]["method"]
     assert info.provenance == PROVENANCE and info.evaluation == EVALUATION
@@ -270,6 +275,60 @@ def test_arguments_that_do_not_fit(tmp_path: Path, given: dict[str, Any], said: 
 def test_head_without_weights_has_no_file(tmp_path: Path) -> None:
     export(encoder(**TINY), tmp_path / "model", heads={"projection_head": nn.Identity()})
     assert not (tmp_path / "model/projection_head.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["nnclr_head", "mae_decoder"])
+def test_a_head_is_read_as_it_was(tmp_path: Path, name: str) -> None:
+    head = further_heads()[name]
+    wanted = {key: value.clone() for key, value in head.state_dict().items()}
+    export(encoder(**TINY), tmp_path / "model", heads=further_heads())
+    found = read_head(tmp_path / "model", name)
+    assert found is not None and found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+    head.load_state_dict(found)
+    assert read_head(tmp_path / "model", "projection_head") is None
+
+
+def further_heads() -> dict[str, nn.Module]:
+    torch.manual_seed(3)
+    nnclr = NNCLRHead(24, proj_hidden_dim=8, pred_hidden_dim=8, out_dim=4, queue_size=6)
+    nnclr.queue.enqueue(torch.eye(4)[:3], torch.tensor([2, -1, 0]), torch.tensor([7, 40, 3]))
+    decoder = Decoder(24, 48, grid_size=(4, 4), embed_dim=16, depth=1, num_heads=2, mlp_ratio=4.0)
+    return {"nnclr_head": nnclr, "mae_decoder": decoder}
+
+
+def test_a_model_with_further_heads_is_used_and_described_as_any(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    written = export(encoder(**TINY), folder, heads=further_heads())
+    files = ("nnclr_head.safetensors", "mae_decoder.safetensors")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert written["head"] is None
+    for file in files:
+        assert written["files"][file] == hash_file(folder / file)
+        assert f"`{file}` is " in card
+    assert "classifier.safetensors" not in card
+    model = load_model(folder)
+    assert model.verify().min_cosine > 0.9999
+    small = encoder(**TINY)
+    assert model.size_bytes == sum(4 * weight.numel() for weight in small.parameters())
+    plain = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert plain.state_dict().keys() == small.backbone.state_dict().keys()
+
+
+def test_a_damaged_head_is_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    export(encoder(**TINY), folder, heads=further_heads())
+    path = folder / "nnclr_head.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(EncoderError, match=r"nnclr_head\.safetensors has sha256") as caught:
+        read_head(folder, "nnclr_head")
+    assert caught.value.error_code == "model_damaged"
+    assert read_head(folder, "mae_decoder") is not None
+    path.unlink()
+    with pytest.raises(EncoderError, match=r"nnclr_head\.safetensors is missing"):
+        read_head(folder, "nnclr_head")
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 
+from ctune.child import StopRequest
+from ctune.config import RunConfig
 from ctune.events import (
     CheckpointSaved,
     Evaluated,
     EventBase,
+    EventWriter,
     Failed,
     Finished,
     Metrics,
@@ -30,6 +34,10 @@ from ctune.events import (
     read_events,
 )
 from ctune.figures_file import read_figures
+from ctune.methods.base import Program, RunContext
+from ctune.methods.linear_probe import method as linear_probe
+from ctune.methods.linear_probe.config import LinearProbeConfig
+from ctune.pipeline import Run, RunFile
 from ctune.rundir import RunDir
 from ctune.store import PackedStore
 from tests.squares import CLASSES, tiny_config
@@ -322,3 +330,47 @@ def test_the_library_runs_without_a_service(tmp_path: Path, archive: Path) -> No
     assert float(first) >= 0.5
     assert run_library(config, folder, of_folder) == first, "the same folder resumes"
     assert list(of_folder.glob("*.zip")) == []
+
+
+@pytest.mark.parametrize("source", ["model", "file"])
+def test_a_run_reads_the_heads_of_the_model_it_starts_from(
+    tmp_path: Path, store: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = RunDir(tmp_path / "a").create()
+    made = execute(RunFile(config=RunConfig(**tiny_config("mae")), data=store), first)
+    assert made["provenance"]["parent"] is None
+    encoder = {"source": "file", "path": str(first.model)}
+    if source == "model":
+        encoder = {"source": "model", "id": "mdl_1"}
+    file = RunFile(
+        config=RunConfig(**tiny_config("linear_probe", encoder=encoder)),
+        data=store,
+        encoder_dir=first.model if source == "model" else None,
+    )
+    read: dict[str, dict[str, torch.Tensor] | None] = {}
+
+    def build(config: LinearProbeConfig, context: RunContext) -> Program:
+        read.update({name: context.start_head(name) for name in ("mae_decoder", "nnclr_head")})
+        return build_probe(config, context)
+
+    build_probe = linear_probe.build
+    monkeypatch.setattr(linear_probe, "build", build)
+    second = RunDir(tmp_path / "b").create()
+    info = execute(file, second)
+    wanted = load_file(first.model / "mae_decoder.safetensors")
+    found = read["mae_decoder"]
+    assert found is not None and found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    assert read["nnclr_head"] is None
+    sha256 = made["files"]["model.safetensors"]
+    model_id = "mdl_1" if source == "model" else None
+    assert info["provenance"]["parent"] == {"model_id": model_id, "weights_sha256": sha256}
+    assert sha256 in (second.model / "README.md").read_text(encoding="utf-8")
+    assert "mae_decoder.safetensors" not in info["files"], "this run has no decoder"
+
+
+def execute(file: RunFile, run_dir: RunDir) -> dict[str, Any]:
+    """Do a run in this process and return its `model.json`."""
+    with closing(EventWriter(run_dir.events)) as events:
+        result = Run(file, run_dir, events=events, stop=StopRequest()).execute()
+    return dict(result["model"])
