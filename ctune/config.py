@@ -11,6 +11,7 @@ from ctune.encoders import EncoderConfig, check_encoder, known_start
 from ctune.evaluation_config import (
     DEFAULT_PROTOCOLS,
     PROBED,
+    AugmentationInvariance,
     ClassificationEvaluation,
     ClusteringEvaluation,
     Distinct,
@@ -67,6 +68,8 @@ class EvaluationConfig(Schema):
     """Also score features that are centred and scaled per dimension by the training images."""
     knn_temperature: Annotated[float, Field(ge=0.002, le=10)] = 0.07
     """Temperature of the votes; below 1/700 their weights would overflow."""
+    knn_weighting: Literal["distance", "uniform"] = "distance"
+    """`distance`: a neighbour's vote has the weight exp(cosine / temperature); `uniform`: 1."""
     max_images: Annotated[int, Field(ge=2)] = 10_000
     """Cap on the images of scores that compare them with each other, drawn with the run's seed."""
     linear_probe: LinearProbeEvaluation = LinearProbeEvaluation()
@@ -75,6 +78,8 @@ class EvaluationConfig(Schema):
     """How few images the low-shot classifiers get."""
     clustering: ClusteringEvaluation = ClusteringEvaluation()
     """How the clusters are found."""
+    augmentation_invariance: AugmentationInvariance = AugmentationInvariance()
+    """What the vectors should not depend on."""
     classification: ClassificationEvaluation = ClassificationEvaluation()
     """How predictions are judged."""
     online: OnlineConfig = OnlineConfig()
@@ -86,6 +91,13 @@ class EvaluationConfig(Schema):
     def crop_epochs(self) -> int:
         """Passes over random crops of the training images that an evaluation makes."""
         return self.linear_probe.crop_epochs if PROBED & {*self.protocols} else 0
+
+    def viewed_images(self, num_heldout: int) -> int:
+        """Held-out images times their random views that an evaluation encodes."""
+        if "augmentation_invariance" not in self.protocols:
+            return 0
+        settings = self.augmentation_invariance
+        return settings.num_views * min(settings.num_images, num_heldout)
 
     @property
     def map_kinds(self) -> list[MapKind]:

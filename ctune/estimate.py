@@ -138,10 +138,14 @@ def _processes(config: RunConfig) -> int:
 def _caches(config: RunConfig, summary: DatasetSummary, size_px: int) -> dict[tuple[str, int], int]:
     """Return how many images are decoded per split and side; see `ctune.features.RunImages`."""
     train = len(config.method.train_labels(summary))
-    caches = {("train", working_size_px(summary, size_px)): train, ("train", size_px): train}
+    working_px = working_size_px(summary, size_px)
+    caches = {("train", working_px): train, ("train", size_px): train}
     heldout = summary.heldout_split
     if heldout is not None:
-        caches[heldout, size_px] = summary.splits[heldout]
+        count = summary.splits[heldout]
+        caches[heldout, size_px] = count
+        if config.evaluation.viewed_images(count):
+            caches[heldout, working_px] = count
     return caches
 
 
@@ -193,7 +197,8 @@ def _evaluated_images(
     images = 0
     if heldout is not None:
         crops = config.evaluation.crop_epochs * sum(summary.train_classes.values())
-        images = rounds * (train + summary.splits[heldout] + crops)
+        count = summary.splits[heldout]
+        images = rounds * (train + count + crops + config.evaluation.viewed_images(count))
     online = config.evaluation.online
     val = summary.splits.get("val", 0) if heldout == "test" else 0
     limit = online.max_images

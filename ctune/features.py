@@ -1,7 +1,7 @@
 """Images and features of the splits of one run: decoded once, encoded as serving encodes them."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -13,14 +13,15 @@ from ctune.child import StopRequest
 from ctune.data import ImageCache
 from ctune.distributed import World
 from ctune.errors import DivergedError
+from ctune.evaluate.color_histogram import color_histograms
 from ctune.evaluate.linear_probe import Augmented
-from ctune.evaluate.subject import LabelledFeatures
+from ctune.evaluate.subject import Histograms, LabelledFeatures
 from ctune.events import EventBase, StageStarted
 from ctune.manifest import Split, working_size_px
 from ctune.samplers import Indices
 from ctune.seeding import make_generator
 from ctune.store import PackedStore
-from ctune.view_presets import mae_minimal
+from ctune.view_presets import VIEW_PRESETS
 
 ENCODE_PIXELS = 256 * 224**2
 """Pixels encoded at a time: 256 images of 224 px."""
@@ -80,7 +81,10 @@ class RunImages:
 
     def for_training(self, image_size_px: int) -> ImageCache:
         """Return the training images at the working size of an encoder."""
-        return self.decoded("train", working_size_px(self._store.manifest.summary, image_size_px))
+        return self._for_views("train", image_size_px)
+
+    def _for_views(self, split: Split, image_size_px: int) -> ImageCache:
+        return self.decoded(split, working_size_px(self._store.manifest.summary, image_size_px))
 
     def encode(
         self,
@@ -126,20 +130,29 @@ class RunImages:
         labels = torch.from_numpy(self.labels(split)).to(device)
         return LabelledFeatures(self.encode(encoder, split, device), labels)
 
-    def random_crops(self, encoder: Encoder, device: torch.device, *, seed: int) -> Augmented:
-        """Return what encodes random crops of training images, MAE's bicubic crop and flip.
+    def random_views(
+        self,
+        encoder: Encoder,
+        device: torch.device,
+        *,
+        seed: int,
+        split: Split = "train",
+        preset: str = "mae_minimal",
+    ) -> Augmented:
+        """Return what encodes random views of a split's images, by default MAE's crop and flip.
 
-        (rows [n] of the training images, step) -> features [n, D]; a function of seed, step and
-        rows. The images are decoded now, at the working size.
+        (rows [n] of the split, step) -> features [n, D]; a function of seed, step and rows. Where
+        the preset (`ctune.view_presets`) has several views, steps take them in turn. The images are
+        decoded now, at the working size.
         """
-        images = self.for_training(encoder.image_size_px)
-        views = ViewPipeline(
-            *mae_minimal(encoder.image_size_px, mean=encoder.mean, std=encoder.std)
-        )
+        images = self._for_views(split, encoder.image_size_px)
+        configs = VIEW_PRESETS[preset](encoder.image_size_px, mean=encoder.mean, std=encoder.std)
+        pipelines = [ViewPipeline(config) for config in configs]
 
         def encode(rows: Tensor, step: int) -> Tensor:
             self._stop.check()
             positions = rows.cpu()
+            views = pipelines[step % len(pipelines)]
             drawn = views.draw(
                 images.sizes(positions.numpy()),
                 make_generator(seed, "probe crops", step),
@@ -154,6 +167,40 @@ class RunImages:
             return torch.cat(parts)
 
         return encode
+
+    def histograms(self, split: Split, size_px: int) -> Histograms:
+        """Return what gives the colour histograms of a split's images, as they are scored."""
+        images = self.decoded(split, size_px)
+
+        def count(rows: Tensor) -> Tensor:
+            self._stop.check()
+            parts = torch.split(rows.cpu(), ENCODE_IMAGES)
+            return torch.cat([color_histograms(images.batch(part.numpy())) for part in parts])
+
+        return count
+
+    def find(self, split: Split, names: Collection[str]) -> Mapping[str, int]:
+        """Return where in a split the images of these file names are.
+
+        A name is a path in the data set, or its last part.
+
+        Raises:
+            ValueError: a name is not there, or several images have it.
+        """
+        wanted, found, twice = set(names), dict[str, int](), set[str]()
+        for position, number in enumerate(self.numbers(split)):
+            path = str(self._store.row(int(number))["path"])
+            for name in wanted & {path, PurePosixPath(path).name}:
+                if name in found:
+                    twice.add(name)
+                found[name] = position
+        for fault, faulty in (("no", wanted - found.keys()), ("more than one", twice)):
+            if faulty:
+                example = min(faulty)
+                raise ValueError(
+                    f"{fault} {split} image is called {example!r}, as are {len(faulty) - 1} others"
+                )
+        return found
 
     def _used(self, split: Split) -> np.ndarray:
         labels = self._store.labels(split)

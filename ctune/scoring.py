@@ -1,7 +1,8 @@
 """What a run measures of its encoder: the evaluations before and after."""
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,7 +13,8 @@ from ctune.evaluate.accuracy import topk_accuracy
 from ctune.evaluate.figures import Numbers, make_figures
 from ctune.evaluate.linear_probe import Augmented
 from ctune.evaluate.protocols import evaluate
-from ctune.evaluate.subject import LabelledFeatures, Subject
+from ctune.evaluate.queue_scores import queue_scores
+from ctune.evaluate.subject import Subject
 from ctune.events import Evaluated, EventBase, StageStarted, Warned
 from ctune.features import RunImages
 from ctune.figures_file import FiguresWriter
@@ -47,7 +49,9 @@ class Scoring:
     def score(
         self, when: Literal["before", "after"], modules: nn.ModuleDict | None = None
     ) -> JsonObject:
-        """Score the encoder on the held-out images, and the classifier where `modules` has one.
+        """Score the encoder on the held-out images, and the heads of `modules` that have a score.
+
+        `classifier` gives logits of features; `nnclr_head` classifies by its queue.
 
         Returns:
             protocol -> metric -> value; empty where nothing is held out.
@@ -64,44 +68,55 @@ class Scoring:
         self._emit(StageStarted(stage="evaluating"))
         train = self._images.features(self._encoder, "train", self._device)
         heldout = self._images.features(self._encoder, heldout_split, self._device)
-        crops = self._random_crops()
-        return self._images.world.on_main(
-            lambda: self._measure(when, train, heldout, crops=crops, modules=modules)
-        )
-
-    def _random_crops(self) -> Augmented | None:
-        """Return what the linear probe trains on, where that is not the features."""
-        if not self._config.evaluation.crop_epochs:
-            return None
-        return self._images.random_crops(self._encoder, self._device, seed=self._config.seed)
-
-    def _measure(
-        self,
-        when: Literal["before", "after"],
-        train: LabelledFeatures,
-        heldout: LabelledFeatures,
-        *,
-        crops: Augmented | None,
-        modules: nn.ModuleDict | None,
-    ) -> JsonObject:
-        labelled = heldout.labelled()
-        logits = None
-        if modules is not None and "classifier" in modules and len(labelled.labels):
-            with torch.no_grad():
-                logits = modules["classifier"](labelled.features)
         subject = Subject(
             train=train,
             heldout=heldout,
             config=self._config.evaluation,
             num_classes=len(self._summary.classes),
             seed=self._config.seed,
-            classifier_logits=logits,
-            augmented=crops,
+            find_train=lambda names: self._images.find("train", names),
+            **self._from_images(heldout_split),
         )
+        return self._images.world.on_main(lambda: self._measure(when, subject, modules))
+
+    def _from_images(self, heldout_split: Split) -> dict[str, Any]:
+        """Return what the protocols that are asked for need beside features."""
+        evaluation, images, encoder = self._config.evaluation, self._images, self._encoder
+        found: dict[str, Any] = {}
+
+        def random_views(**options: Any) -> Augmented:
+            return images.random_views(encoder, self._device, seed=self._config.seed, **options)
+
+        if evaluation.crop_epochs:
+            found["augmented"] = random_views()
+        if "augmentation_invariance" in evaluation.protocols:
+            wanted = evaluation.augmentation_invariance.views
+            preset = "mae_minimal" if wanted == "minimal" else wanted
+            found["views"] = random_views(split=heldout_split, preset=preset)
+        if "color_histogram" in evaluation.protocols:
+            splits: tuple[Split, Split] = ("train", heldout_split)
+            size_px = encoder.image_size_px
+            found["histograms"] = tuple(images.histograms(split, size_px) for split in splits)
+        return found
+
+    def _measure(
+        self,
+        when: Literal["before", "after"],
+        subject: Subject,
+        modules: nn.ModuleDict | None,
+    ) -> JsonObject:
+        labelled, heads = subject.heldout.labelled(), modules or nn.ModuleDict()
+        logits = None
+        if "classifier" in heads and len(labelled.labels):
+            with torch.no_grad():
+                logits = heads["classifier"](labelled.features)
+            subject = replace(subject, classifier_logits=logits)
         results: JsonObject = evaluate(subject, warn=self._warn_once)
         if logits is not None:
             top1, top5 = topk_accuracy(logits, labelled.labels, (1, min(5, logits.shape[1])))
             results["classifier"] = {"top1": top1, "top5": top5}
+        if "nnclr_head" in heads:
+            results |= queue_scores(heads["nnclr_head"], labelled)
         splits: list[Split] = ["train", self._summary.heldout_split or "train"]
         numbers = Numbers(*(self._images.numbers(split) for split in splits))
         self._figures.add(when, make_figures(subject, results, numbers=numbers, warn=self._emit))

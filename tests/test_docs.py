@@ -91,7 +91,11 @@ def values(field: JsonObject) -> str:
         if "items" in field:
             return f"list of {values(field['items'])}"
         return "list: " + "; ".join(values(item) for item in field["prefixItems"])
-    kinds = {"number": "number", "integer": "integer", "null": "null", "boolean": "true or false"}
+    if field.get("type") == "object":
+        (named,) = field["patternProperties"].values()
+        return f"names to {values(named)}"
+    kinds = {name: name for name in ("number", "integer", "null")}
+    kinds |= {"boolean": "true or false", "string": "text"}
     kind = kinds[field["type"]]
     bounds = [text.format(f"{field[key]:,}") for key, text in BOUNDS.items() if key in field]
     return " ".join([kind, ", ".join(bounds)]).strip()

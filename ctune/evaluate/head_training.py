@@ -13,8 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
 
 from ctune.evaluate.probe_protocol import ProbeProtocol
+from ctune.optim import LARS
 from ctune.samplers import Indices, RandomBatchSampler
 
 Layer = tuple[Tensor, Tensor]
@@ -110,8 +112,54 @@ class Heads:
         return inputs, scores
 
 
+class LarsHeads:
+    """H linear heads from the same start, each trained by `ctune.optim.LARS` by itself.
+
+    Weight [O, D] and bias [O] are tensors of their own: a step of the weight is scaled by its norm.
+    Arguments as `Heads`, of which this has the methods that training needs.
+    """
+
+    def __init__(
+        self,
+        start: Layer,
+        learning_rates: Sequence[float],
+        *,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        self._heads = [
+            (nn.Parameter(start[0].clone()), nn.Parameter(start[1].clone())) for _ in learning_rates
+        ]
+        self._rates = learning_rates
+        groups = [{"params": [*head], "weight_decay": weight_decay} for head in self._heads]
+        self._optimizer = LARS(groups, learning_rates[0], momentum=momentum)
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    @torch.enable_grad()
+    def step(self, batch: HeadBatch, factor: float) -> None:
+        """Do one step of LARS with each head's learning rate times `factor`."""
+        count = len(batch.labels)
+        scores = torch.stack([linear(batch.features[:, :-1], *head) for head in self._heads])
+        targets = batch.labels.expand(len(self), -1)
+        losses = cross_entropy(scores.transpose(1, 2), targets, reduction="none")
+        weights = batch.row_weights
+        loss = losses.sum() / count if weights is None else (losses * weights).sum()
+        torch.autograd.backward(loss)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def layers(self, head: int) -> list[Layer]:
+        """Return copies of the only layer of one head."""
+        weight, bias = self._heads[head]
+        return [(weight.detach().clone(), bias.detach().clone())]
+
+
 def train_heads(
-    heads: Heads,
+    heads: Heads | LarsHeads,
     source: Source,
     *,
     labels: Tensor,

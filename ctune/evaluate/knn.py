@@ -115,6 +115,7 @@ def knn_scores(
     *,
     ks: Sequence[int] = (20,),
     temperature: float = 0.07,
+    weighting: Weighting = "distance",
     standardize: bool = False,
 ) -> dict[int, KNNScores]:
     """Score ``knn_classify`` for several k; the neighbours are looked up once.
@@ -126,7 +127,7 @@ def knn_scores(
     y = check_labels(test_labels, len(test_features), "test_labels").to(labels.device)
     if len(y) and int(y.min()) < 0:
         raise ValueError(f"test_labels holds {int(y.min())}; classes are counted from 0")
-    _check_vote(temperature, "distance")
+    _check_vote(temperature, weighting)
     _check_k(min(ks), len(train))
     similarity, neighbors = nearest_neighbors(
         train, test_features, k=max(ks), standardize=standardize
@@ -134,7 +135,14 @@ def knn_scores(
     C = int(torch.maximum(labels.max(), y.max())) + 1
     results = {}
     for k in ks:
-        result = _vote(similarity[:, :k], neighbors[:, :k], labels, C, temperature=temperature)
+        result = _vote(
+            similarity[:, :k],
+            neighbors[:, :k],
+            labels,
+            C,
+            temperature=temperature,
+            weighting=weighting,
+        )
         results[k] = KNNScores(result.accuracy(y), result.topk_accuracy(y), result.purity(y))
     return results
 

@@ -6,7 +6,11 @@ from statistics import mean, pstdev
 import torch
 
 from ctune.errors import DivergedError
-from ctune.evaluate.alignment_uniformity import class_alignment, uniformity
+from ctune.evaluate.alignment_uniformity import (
+    augmentation_invariance,
+    class_alignment,
+    uniformity,
+)
 from ctune.evaluate.classification import Predictions, classification_scores
 from ctune.evaluate.clustering import (
     clustering_scores,
@@ -14,6 +18,7 @@ from ctune.evaluate.clustering import (
     kmeans_runs,
     silhouette_score,
 )
+from ctune.evaluate.color_histogram import color_histogram_probe
 from ctune.evaluate.isotropy import (
     class_cosine_similarity,
     isoscore,
@@ -28,8 +33,14 @@ from ctune.evaluate.low_shot import (
 )
 from ctune.evaluate.nearest_neighbor import nearest_neighbor_accuracy
 from ctune.evaluate.rankme import feature_spread, rankme
-from ctune.evaluate.subject import Subject, count_classes, has_pairs
-from ctune.evaluation_config import Protocol
+from ctune.evaluate.subject import (
+    LabelledFeatures,
+    Subject,
+    count_classes,
+    has_pairs,
+    sample_rows,
+)
+from ctune.evaluation_config import Protocol, share_name, shots_name
 from ctune.events import Warned
 from ctune.schema import JsonObject
 from ctune.scores import SETTINGS
@@ -44,6 +55,7 @@ def evaluate(subject: Subject, *, warn: Callable[[Warned], None]) -> dict[str, J
     results: dict[str, JsonObject] = {}
     left_out: dict[str, list[str]] = {}
     _warn_of_zeros(subject, warn)
+    _warn_of_few(subject, warn)
     for protocol in subject.config.protocols:
         try:
             results[protocol] = SCORERS[protocol](subject)
@@ -64,6 +76,15 @@ def _warn_of_zeros(subject: Subject, warn: Callable[[Warned], None]) -> None:
         warn(Warned(code="zero_vectors", message=message, hint=hint))
 
 
+def _warn_of_few(subject: Subject, warn: Callable[[Warned], None]) -> None:
+    config, count = subject.config, len(subject.train.labelled().labels)
+    most = max(config.knn_k, *config.knn_further_k)
+    if "knn" in config.protocols and 0 < count < most:
+        message = f"k-NN asks for {most} neighbours, but there are {count} labelled training images"
+        hint = f"all {count} vote; lower evaluation.knn_k and knn_further_k"
+        warn(Warned(code="few_neighbors", message=message, hint=hint))
+
+
 def _knn(subject: Subject) -> JsonObject:
     config, known, asked = subject.config, subject.known, subject.asked
     wanted = [config.knn_k, *config.knn_further_k]
@@ -78,6 +99,7 @@ def _knn(subject: Subject) -> JsonObject:
             asked.labels,
             ks=ks,
             temperature=config.knn_temperature,
+            weighting=config.knn_weighting,
             standardize=standardize,
         )
         further = {f"k{k}": {"top1": one.top1} for k, one in found.items() if k != main}
@@ -86,7 +108,10 @@ def _knn(subject: Subject) -> JsonObject:
     scores = score(False)
     if config.knn_standardized:
         scores["standardized"] = score(True)
-    return scores | {SETTINGS: {"k": main, "temperature": config.knn_temperature}}
+    how: JsonObject = {"temperature": config.knn_temperature}
+    if config.knn_weighting == "uniform":
+        how = {"weighting": "uniform"}
+    return scores | {SETTINGS: {"k": main, **how}}
 
 
 def _linear_probe(subject: Subject) -> JsonObject:
@@ -94,7 +119,7 @@ def _linear_probe(subject: Subject) -> JsonObject:
     scores = {"top1": probe.top1, "top5": probe.top5}
     if probe.top1_max_on_test is not None:
         scores["top1_max_on_test"] = probe.top1_max_on_test
-    grid = {"lr": probe.lr, "num_rates": len(probe.rates)}
+    grid = {"epochs": settings.num_epochs, "lr": probe.lr, "num_rates": len(probe.rates)}
     return scores | {SETTINGS: {"protocol": probe.protocol, "recipe": settings.recipe, **grid}}
 
 
@@ -139,28 +164,31 @@ def _classification(subject: Subject) -> JsonObject:
 
 def _low_shot(subject: Subject) -> JsonObject:
     settings, known, asked = subject.config.low_shot, subject.known, subject.asked
-    train, test = preprocess_low_shot(known.features), preprocess_low_shot(asked.features)
-    num_images: dict[str, int] = {}
+    test = preprocess_low_shot(asked.features)
 
-    def top1(name: str, shots: int | float, seed: int) -> float:
-        rows = sample_low_shot(
-            known.labels, num_classes=subject.num_classes, shots=shots, seed=seed
-        )
-        num_images[name] = len(rows)
+    def draw(shots: int | float, seed: int) -> LabelledFeatures:
+        C = subject.num_classes
+        return known.rows(sample_low_shot(known.labels, num_classes=C, shots=shots, seed=seed))
+
+    drawn: dict[str, list[LabelledFeatures]] = {
+        shots_name(shots): [draw(shots, seed) for seed in range(settings.num_splits)]
+        for shots in settings.shots
+    }
+    drawn |= {share_name(share): [draw(float(share), 0)] for share in settings.shares}
+    drawn |= subject.named_splits
+
+    def top1(split: LabelledFeatures) -> float:
         model = fit_logistic_regression(
-            train[rows], known.labels[rows], num_classes=subject.num_classes
+            preprocess_low_shot(split.features), split.labels, num_classes=subject.num_classes
         )
         return Predictions(asked.labels, model.logits(test)).accuracy
 
     scores: JsonObject = {}
-    for shots in settings.shots:
-        name = f"{shots}_shot"
-        tops = [top1(name, shots, seed) for seed in range(settings.num_splits)]
-        scores[name] = {"top1": mean(tops), "top1_std": pstdev(tops)}
-    for share in settings.shares:
-        name = f"{100 * share:g}_percent"
-        scores[name] = {"top1": top1(name, float(share), 0)}
+    for name, splits in drawn.items():
+        tops = [top1(split) for split in splits]
+        scores[name] = {"top1": mean(tops)} | ({"top1_std": pstdev(tops)} if tops[1:] else {})
     how = {"classifier": "logistic regression, frozen encoder", "num_splits": settings.num_splits}
+    num_images = {name: len(splits[0].labels) for name, splits in drawn.items()}
     return scores | {SETTINGS: {**how, "num_images": num_images}}
 
 
@@ -201,6 +229,30 @@ def _nearest_neighbor(subject: Subject) -> JsonObject:
     return {"top1": top1, SETTINGS: {"num_images": len(data.labels)}}
 
 
+def _augmentation_invariance(subject: Subject) -> JsonObject:
+    settings, heldout = subject.config.augmentation_invariance, subject.heldout
+    if subject.views is None:
+        raise ValueError("random views need the held-out images, not only features")
+    rows = sample_rows(len(heldout.labels), settings.num_images, subject.seed)
+    seen = torch.stack([subject.views(rows, view) for view in range(settings.num_views)], dim=1)
+    found = augmentation_invariance(heldout.features[rows], seen)
+    how = {"views": settings.views, "num_views": settings.num_views, "num_images": len(rows)}
+    return {**found, SETTINGS: how}
+
+
+def _color_histogram(subject: Subject) -> JsonObject:
+    if subject.histograms is None:
+        raise ValueError("colour histograms need the images, not only features")
+    limit, given = subject.config.max_images, []
+    for data, histograms in zip((subject.train, subject.heldout), subject.histograms, strict=True):
+        rows = sample_rows(len(data.labels), limit, subject.seed)
+        given += [data.features[rows], histograms(rows)]
+    return {
+        **color_histogram_probe(*given, seed=subject.seed),
+        SETTINGS: {"num_bins": given[1].shape[2], "num_images": len(given[2])},
+    }
+
+
 SCORERS: Mapping[Protocol, Callable[[Subject], JsonObject]] = {
     "knn": _knn,
     "linear_probe": _linear_probe,
@@ -211,4 +263,6 @@ SCORERS: Mapping[Protocol, Callable[[Subject], JsonObject]] = {
     "clustering": _clustering,
     "alignment_uniformity": _alignment_uniformity,
     "nearest_neighbor": _nearest_neighbor,
+    "augmentation_invariance": _augmentation_invariance,
+    "color_histogram": _color_histogram,
 }

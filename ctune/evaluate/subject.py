@@ -1,5 +1,6 @@
 """What is evaluated: features of an encoder, their labels, and predictions made from them."""
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -9,11 +10,15 @@ from torch import Tensor
 from ctune.config import EvaluationConfig
 from ctune.evaluate.classification import Predictions
 from ctune.evaluate.linear_probe import Augmented, LinearProbeResult, linear_probe
-from ctune.evaluate.probe_protocol import ProbeProtocol, mae_ct_protocol
+from ctune.evaluate.probe_protocol import recipe_protocol
 from ctune.seeding import make_generator
 
 ONE_SHOT_RATE = 0.1
 """Learning rate of the linear probe where every class has a single image (lacvit.md 2.2)."""
+
+
+Histograms = Callable[[Tensor], Tensor]
+"""Rows [n] of a split -> histograms [n, 3, K] of their images."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +30,16 @@ class LabelledFeatures:
 
     def labelled(self) -> "LabelledFeatures":
         """Return the rows that have a label."""
-        rows = self.labels >= 0
-        return LabelledFeatures(self.features[rows], self.labels[rows])
+        return self.rows(self.labels >= 0)
 
     def sample(self, limit: int, seed: int) -> "LabelledFeatures":
         """Return at most `limit` rows, drawn with `seed`, in their order."""
         if len(self.labels) <= limit:
             return self
-        generator = make_generator(seed, "evaluation sample")
-        rows = torch.randperm(len(self.labels), generator=generator)[:limit].sort().values
+        return self.rows(sample_rows(len(self.labels), limit, seed))
+
+    def rows(self, rows: Tensor) -> "LabelledFeatures":
+        """Return some rows, [n] numbers in this order, or [N] whether to take them."""
         return LabelledFeatures(self.features[rows], self.labels[rows])
 
 
@@ -53,6 +59,12 @@ class Subject:
     """[M, C] of the trained classifier for the labelled held-out images, in their order."""
     augmented: Augmented | None = None
     """Features of random crops of training images, for the probe's `full` protocol."""
+    views: Augmented | None = None
+    """Features of random views of held-out images."""
+    histograms: tuple[Histograms, Histograms] | None = None
+    """Colour histograms of training and of held-out images."""
+    find_train: Callable[[Collection[str]], Mapping[str, int]] | None = None
+    """Rows of the training images of some file names."""
 
     @cached_property
     def known(self) -> LabelledFeatures:
@@ -107,10 +119,9 @@ class Subject:
         full = settings.protocol == "full"
         if full and self.augmented is None:
             raise ValueError("the protocol 'full' needs the training images, not only features")
-        protocol = ProbeProtocol(seed=self.seed)
-        if settings.recipe == "mae_ct":
-            protocol = mae_ct_protocol(full=full, seed=self.seed)
-        if int(torch.unique(self.known.labels, return_counts=True)[1].max()) == 1:
+        protocol = recipe_protocol(settings, seed=self.seed)
+        most = int(torch.unique(self.known.labels, return_counts=True)[1].max())
+        if most == 1 and len(protocol.learning_rates) > 1:
             # nothing can be held out to choose a rate
             protocol = replace(protocol, learning_rates=(ONE_SHOT_RATE,))
         return linear_probe(
@@ -122,6 +133,28 @@ class Subject:
             protocol=protocol,
             augmented=self._crops_of_known if full else None,
         )
+
+    @property
+    def named_splits(self) -> dict[str, list[LabelledFeatures]]:
+        """Training images of the low-shot splits that are given by file names.
+
+        Raises:
+            ValueError: a file is not there, twice there, or has no label; or only features are.
+        """
+        lists = self.config.low_shot.splits
+        if not lists:
+            return {}
+        if self.find_train is None:
+            raise ValueError("splits by file name need the training images, not only features")
+        rows = self.find_train({name for splits in lists.values() for s in splits for name in s})
+        found = {
+            name: [self.train.rows(torch.tensor([rows[file] for file in s])) for s in splits]
+            for name, splits in lists.items()
+        }
+        for name, splits in found.items():
+            if any(int(split.labels.min()) < 0 for split in splits):
+                raise ValueError(f"the split {name!r} has images without a label")
+        return found
 
     def predictions(self) -> dict[str, Predictions]:
         """Return what the trained classifier, if any, and the linear probe say of `asked`.
@@ -139,6 +172,14 @@ class Subject:
     def _crops_of_known(self, rows: Tensor, step: int) -> Tensor:
         assert self.augmented is not None
         return self.augmented((self.train.labels >= 0).nonzero()[:, 0][rows], step)
+
+
+def sample_rows(count: int, limit: int, seed: int) -> Tensor:
+    """Return at most `limit` of `count` rows, drawn with `seed`, in their order."""
+    if count <= limit:
+        return torch.arange(count)
+    order = torch.randperm(count, generator=make_generator(seed, "evaluation sample"))
+    return order[:limit].sort().values
 
 
 def count_classes(data: LabelledFeatures) -> int:

@@ -22,7 +22,7 @@ _MEANINGS: tuple[tuple[str, Meaning], ...] = (
     (r"std|count|isoscore|intra|inter", Meaning(False, None)),
     (r"ece|error", Meaning(True, "lower")),
     (r"top\d+|accuracy|purity|recall|precision|f1", Meaning(True, "higher")),
-    (r"nmi|ami|ari|rand|silhouette|rankme|rank|isotropy|gap", Meaning(False, "higher")),
+    (r"nmi|ami|ari|rand|silhouette|rankme|rank|isotropy|gap|normalized", Meaning(False, "higher")),
     (r"davies|overlap|uniformity|alignment|cosine|brier|nll|loss", Meaning(False, "lower")),
 )
 _WORDS = {
@@ -38,7 +38,19 @@ _WORDS = {
     "standardized": "standardised features",
     "feature_std": "spread of features",
     "class_alignment": "alignment of classes",
-    "top1_max_on_test": "top-1 accuracy, its rate chosen on the held-out images",
+    "top1_max_on_test": "top-1 accuracy, rate and epoch chosen on the held-out images (too high)",
+    "nnclr_head": "the head's queue of neighbours",
+    "knn_top1": "top-1 accuracy of the nearest row",
+    "augmentation_invariance": "invariance to random views",
+    "normalized": "cosine of an image's views over that of two images",
+    "unnormalized": "mean cosine of an image's views",
+    "norm": "mean cosine of two images",
+    "color_histogram": "colours read from the features",
+    "l1": "L1 of the linear layer's histograms",
+    "uniform_l1": "L1 of the uniform histogram",
+    "mean_l1": "L1 of the training images' mean histogram",
+    "num_views": "views",
+    "queue_size": "rows of the queue",
     "worst_class_accuracy": "accuracy of the worst class",
     "num_rates": "rates",
     "num_bins": "bins",
@@ -85,7 +97,15 @@ _WORDS = {
     "mae_loss": "loss of the hidden patches",
     "nnclr_loss": "loss of the neighbours",
 }
-_FIRST = ("knn", "linear_probe", "classifier", "nearest_neighbor", "low_shot", "classification")
+_FIRST = (
+    "knn",
+    "linear_probe",
+    "classifier",
+    "nnclr_head",
+    "nearest_neighbor",
+    "low_shot",
+    "classification",
+)
 _PATTERNS = (
     (r"k(\d+)", "k = {}"),
     (r"1_shot", "1 image per class"),

@@ -8,7 +8,7 @@ import pytest
 
 from ctune.config import RunConfig, resolve
 from ctune.estimate import calibration_key, estimate
-from ctune.evaluate.probe_protocol import ProbeProtocol, mae_ct_protocol
+from ctune.evaluate.probe_protocol import ProbeProtocol, mae_ct_protocol, mae_protocol
 from tests.measurements import measurement
 from tests.service.rows import summary
 from tests.squares import tiny_config
@@ -81,7 +81,7 @@ def test_time_is_steps_and_images_over_the_measured_pace() -> None:
     assert found["memory_bytes"] == 5000
 
 
-@pytest.mark.parametrize(("recipe", "epochs"), [("lacvit", 100), ("mae_ct", 50)])
+@pytest.mark.parametrize(("recipe", "epochs"), [("lacvit", 100), ("mae_ct", 50), ("mae", 90)])
 def test_a_probe_on_random_crops_encodes_every_epoch(recipe: str, epochs: int) -> None:
     given = {"protocols": ["linear_probe"], "linear_probe": {"protocol": "full", "recipe": recipe}}
     of_crops, cached, not_asked = (
@@ -95,8 +95,29 @@ def test_a_probe_on_random_crops_encodes_every_epoch(recipe: str, epochs: int) -
     )
     assert not_asked == cached
     assert of_crops - cached == pytest.approx(2 * epochs * 40 / 50)
-    protocol = mae_ct_protocol(full=True) if recipe == "mae_ct" else ProbeProtocol()
-    assert protocol.epochs == epochs
+    published = {"lacvit": ProbeProtocol(), "mae_ct": mae_ct_protocol(full=True)}
+    assert published.get(recipe, mae_protocol()).epochs == epochs
+
+
+def test_random_views_of_held_out_images_are_decoded_and_encoded() -> None:
+    """10 held-out images: 4 views of 6 of them, and their decoding at 37 px."""
+    plain, viewed = (
+        estimate(
+            lacvit().model_copy(update={"evaluation": config(evaluation=asked).evaluation}),
+            DATA,
+            image_size_px=None,
+            measurement=measurement(),
+        )["duration"]
+        for asked in (
+            {"protocols": ["knn"]},
+            {
+                "protocols": ["knn", "augmentation_invariance"],
+                "augmentation_invariance": {"num_views": 4, "num_images": 6},
+            },
+        )
+    )
+    assert viewed["evaluation_s"] - plain["evaluation_s"] == pytest.approx(2 * 4 * 6 / 50)
+    assert viewed["decoding_s"] - plain["decoding_s"] == pytest.approx(10 / 100)
 
 
 def test_several_gpus_share_what_is_encoded() -> None:

@@ -41,23 +41,23 @@ def test_features_are_those_of_the_encoder_in_eval_mode(
     torch.testing.assert_close(features, expected)
 
 
-def test_random_crops_depend_on_seed_and_step_alone(images: RunImages, encoder: Encoder) -> None:
-    crops = images.random_crops(encoder, CPU, seed=0)
+def test_random_views_depend_on_seed_and_step_alone(images: RunImages, encoder: Encoder) -> None:
+    crops = images.random_views(encoder, CPU, seed=0)
     rows = torch.tensor([3, 0, 7])
     first = crops(rows, 5)
     assert first.shape == (3, encoder.embed_dim)
     encoder.train()
     assert torch.equal(crops(rows, 5), first), "the encoder is in eval mode whatever it was before"
-    assert torch.equal(images.random_crops(encoder, CPU, seed=0)(rows, 5), first)
-    for other in (crops(rows, 6), images.random_crops(encoder, CPU, seed=1)(rows, 5)):
+    assert torch.equal(images.random_views(encoder, CPU, seed=0)(rows, 5), first)
+    for other in (crops(rows, 6), images.random_views(encoder, CPU, seed=1)(rows, 5)):
         assert not torch.allclose(other, first)
 
 
-def test_random_crops_are_of_the_rows_asked_for(
+def test_random_views_are_of_the_rows_asked_for(
     images: RunImages, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = images.random_crops(encoder, CPU, seed=0)(torch.arange(9), 0)
+    whole = images.random_views(encoder, CPU, seed=0)(torch.arange(9), 0)
     monkeypatch.setattr("ctune.features.ENCODE_IMAGES", 4)
-    in_parts = images.random_crops(encoder, CPU, seed=0)(torch.arange(9), 0)
+    in_parts = images.random_views(encoder, CPU, seed=0)(torch.arange(9), 0)
     torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-5)
     assert len(torch.unique(whole.round(decimals=3), dim=0)) == 9

@@ -1,5 +1,6 @@
 """The linear probe: against torch's own training and scikit-learn, the rate, guards."""
 
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -11,9 +12,17 @@ from torch import Tensor, nn
 
 from ctune.errors import DivergedError
 from ctune.evaluate.accuracy import topk_accuracy
-from ctune.evaluate.head_training import Heads, epoch_batches, train_heads, with_ones
+from ctune.evaluate.head_training import (
+    Heads,
+    LarsHeads,
+    cached_source,
+    epoch_batches,
+    train_heads,
+    with_ones,
+)
 from ctune.evaluate.linear_probe import LinearProbeHead, _held_out, linear_probe
-from ctune.evaluate.probe_protocol import ProbeProtocol, mae_ct_protocol
+from ctune.evaluate.probe_protocol import ProbeProtocol, mae_ct_protocol, mae_protocol
+from ctune.optim import LARS
 from ctune.samplers import RandomBatchSampler
 from ctune.schedules import cosine_to_cube
 
@@ -97,6 +106,84 @@ def test_mae_ct_recipe_comes_close_to_logistic_regression() -> None:
     assert protocol.learning_rates[-1] == pytest.approx(0.4)
     result = linear_probe(*DATA, num_classes=6, protocol=protocol)
     assert result.top1 == pytest.approx(model.score(TEST.numpy(), TEST_LABELS.numpy()), abs=0.05)
+
+
+def test_lars_trains_as_the_optimizer_does() -> None:
+    """One head by torch's own layers, autograd and the method's optimizer, on the same batches."""
+    protocol = ProbeProtocol(
+        learning_rates=(2.0,), epochs=4, batch_size=64, drop_last=True, optimizer="lars",
+        schedule="mae_cosine", warmup_fraction=0.25,
+    )  # fmt: skip
+    head = nn.Linear(8, 6, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(protocol.seed)
+    with torch.no_grad():
+        start = nn.init.trunc_normal_(torch.empty(6, 8), std=0.02, generator=generator)
+        head.weight.copy_(start)
+        head.bias.zero_()
+    optimizer = LARS(head.parameters(), 0.0, momentum=0.9)
+    batches = [b for e in range(4) for b in epoch_batches(torch.arange(300), protocol)(e)]
+    for step, batch in enumerate(batches):
+        rising, falling = step / 4, (1 + math.cos(math.pi * (step - 4) / 12)) / 2
+        optimizer.param_groups[0]["lr"] = 2.0 * (rising if step < 4 else falling)
+        optimizer.zero_grad()
+        rows = torch.from_numpy(batch)
+        nn.functional.cross_entropy(head(TRAIN[rows]), TRAIN_LABELS[rows]).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    result = linear_probe(*DATA, num_classes=6, protocol=protocol)
+    torch.testing.assert_close(result.weight, head.weight.detach())
+    torch.testing.assert_close(result.bias, head.bias.detach())
+
+
+def test_heads_under_lars_do_not_see_each_other() -> None:
+    """Of two heads at two rates each is what it is alone, and held-out rows have no weight."""
+    protocol = ProbeProtocol(epochs=3, batch_size=100, optimizer="lars")
+    layer = (torch.ones(6, 8).double(), torch.zeros(6).double())
+    held = torch.arange(300) % 10 == 0
+
+    def trained(rates: tuple[float, ...], held: Tensor | None) -> list[Tensor]:
+        heads = LarsHeads(layer, rates, momentum=0.9, weight_decay=0.0)
+        train_heads(
+            heads, cached_source(TRAIN, None), labels=TRAIN_LABELS, protocol=protocol,
+            batches=epoch_batches(torch.arange(300), protocol), held=held,
+        )  # fmt: skip
+        return [heads.layers(i)[0][0] for i in range(len(heads))]
+
+    every, kept = trained((2.0, 2.0), held)
+    (alone,) = trained((2.0,), None)
+    torch.testing.assert_close(every, alone)
+    assert not torch.allclose(every, kept)
+    fast, slow = trained((2.0, 1.0), None)
+    assert not torch.allclose(fast, slow)
+
+
+def test_mae_recipe_comes_close_to_logistic_regression() -> None:
+    protocol = mae_protocol()
+    assert list(protocol.learning_rates) == pytest.approx([6.4])
+    assert protocol.warmup_fraction * 90 == pytest.approx(10)
+    assert mae_protocol(epochs=50).warmup_fraction * 50 == pytest.approx(10)
+    assert mae_protocol(epochs=3).warmup_fraction == 0
+    result = linear_probe(*DATA, num_classes=6, protocol=protocol)
+    model = LogisticRegression(C=1e3, max_iter=2000).fit(TRAIN.numpy(), TRAIN_LABELS.numpy())
+    assert result.top1 == pytest.approx(model.score(TEST.numpy(), TEST_LABELS.numpy()), abs=0.07)
+    assert result.top1_max_on_test is not None and result.top1_max_on_test >= result.top1
+
+
+def test_the_best_on_the_test_set_is_over_all_rates_and_epochs() -> None:
+    """The test labels are what an untrained head says: a rate of nearly 0 gets them right."""
+    generator = torch.Generator().manual_seed(0)
+    start = nn.init.trunc_normal_(torch.empty(6, 8), std=0.02, generator=generator)
+    labels = (TEST @ start.double().T).argmax(1)
+    protocol = ProbeProtocol(learning_rates=(1e-9, 0.1), epochs=5, tests_all_rates=True)
+    result = linear_probe(TRAIN, TRAIN_LABELS, TEST, labels, num_classes=6, protocol=protocol)
+    plain = replace(protocol, tests_all_rates=False)
+    without = linear_probe(TRAIN, TRAIN_LABELS, TEST, labels, num_classes=6, protocol=plain)
+    assert without.top1_max_on_test is None
+    assert (without.lr, without.top1) == (result.lr, result.top1) == (0.1, result.top1)
+    torch.testing.assert_close(without.weight, result.weight)
+    one = replace(protocol, learning_rates=(0.1,))
+    alone = linear_probe(TRAIN, TRAIN_LABELS, TEST, labels, num_classes=6, protocol=one)
+    assert alone.top1_max_on_test is not None and alone.top1 <= alone.top1_max_on_test < 0.5
+    assert result.top1_max_on_test == pytest.approx(1, abs=0.01)
 
 
 def test_rate_is_chosen_on_the_held_out_share_and_not_on_the_test_set() -> None:
@@ -269,6 +356,7 @@ def test_refuses(changes: dict[str, Any], message: str) -> None:
         ("holdout_fraction", 0.0),
         ("warmup_fraction", 1.0),
         ("init_std", -1.0),
+        ("norm_eps", 0.0),
     ],
 )
 def test_protocol_refuses(field: str, value: Any) -> None:

@@ -1,15 +1,19 @@
 """The protocols of a run: what is asked for, what the labels allow, scores and settings apart."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from ctune.config import EvaluationConfig
+from ctune.evaluate.low_shot import fit_logistic_regression, preprocess_low_shot
 from ctune.evaluate.protocols import SCORERS, evaluate
-from ctune.evaluate.subject import LabelledFeatures, Subject
+from ctune.evaluate.subject import Histograms, LabelledFeatures, Subject
 from ctune.events import Warned
 from ctune.schema import JsonObject
 from ctune.scores import score_rows
@@ -27,15 +31,38 @@ def blobs(per_class: int, classes: int, seed: int) -> LabelledFeatures:
 
 def subject(train: LabelledFeatures, heldout: LabelledFeatures, **config: object) -> Subject:
     asked = EvaluationConfig.model_validate(config)
-    return Subject(train=train, heldout=heldout, config=asked, num_classes=4, seed=0)
+
+    def views(rows: Tensor, step: int) -> Tensor:
+        return heldout.features[rows] + 0.1 * step
+
+    return Subject(
+        train=train,
+        heldout=heldout,
+        config=asked,
+        num_classes=4,
+        seed=0,
+        views=views,
+        histograms=(histograms_of(train), histograms_of(heldout)),
+    )
+
+
+def histograms_of(data: LabelledFeatures) -> Histograms:
+    """Histograms of two bins, whose shares the features decide."""
+    return lambda rows: torch.stack([data.features[rows, :3], -data.features[rows, :3]], 2).softmax(
+        2
+    )
 
 
 def run(
-    train: LabelledFeatures, heldout: LabelledFeatures, **config: object
+    train: LabelledFeatures,
+    heldout: LabelledFeatures,
+    *,
+    warned: Sequence[str] = (),
+    **config: object,
 ) -> dict[str, JsonObject]:
     told: list[Warned] = []
     results = evaluate(subject(train, heldout, **config), warn=told.append)
-    assert told == []
+    assert [warning.code for warning in told] == list(warned)
     return results
 
 
@@ -51,7 +78,13 @@ def test_separable_classes_score_high_everywhere() -> None:
 
 def test_settings_and_histograms_are_no_scores() -> None:
     protocols = ["knn", "isotropy"]
-    results = run(blobs(3, 4, 0), blobs(10, 4, 1), protocols=protocols, knn_further_k=[2])
+    results = run(
+        blobs(3, 4, 0),
+        blobs(10, 4, 1),
+        warned=["few_neighbors"],
+        protocols=protocols,
+        knn_further_k=[2],
+    )
     assert results["knn"]["settings"] == {"k": 12, "temperature": 0.07}
     assert {path for path, _ in score_rows(results) if path[0] == "knn"} == {
         ("knn", "top1"),
@@ -71,7 +104,9 @@ def test_without_labels_only_the_unsupervised_scores_are_left() -> None:
     asked = LabelledFeatures(heldout.features, torch.full_like(heldout.labels, -1))
     told: list[Warned] = []
     results = evaluate(subject(bare, asked, protocols=EVERY), warn=told.append)
-    assert set(results) == {"isotropy", "rankme", "alignment_uniformity"}
+    assert set(results) == {
+        "isotropy", "rankme", "alignment_uniformity", "augmentation_invariance", "color_histogram",
+    }  # fmt: skip
     assert {"gap", "train_gap"}.isdisjoint(results["isotropy"])
     assert "class_alignment" not in results["alignment_uniformity"]
     assert {warning.code for warning in told} == {"not_scored"}
@@ -101,10 +136,15 @@ def test_the_isotropy_sample_is_seeded_and_capped() -> None:
     assert data.sample(1000, seed=0) is data
 
 
-@pytest.mark.parametrize("recipe", ["lacvit", "mae_ct"])
+@pytest.mark.parametrize("recipe", ["lacvit", "mae_ct", "mae"])
 @pytest.mark.parametrize("per_class", [1, 2, 5])
 def test_few_images_per_class_are_probed(per_class: int, recipe: str) -> None:
-    results = run(blobs(per_class, 4, 0), blobs(10, 4, 1), linear_probe={"recipe": recipe})
+    results = run(
+        blobs(per_class, 4, 0),
+        blobs(10, 4, 1),
+        warned=["few_neighbors"] if per_class < 5 else [],
+        linear_probe={"recipe": recipe},
+    )
     assert results["linear_probe"]["top1"] >= (0.75 if recipe == "lacvit" else 0.5)
     assert results["knn"]["settings"]["k"] == min(20, 4 * per_class)
 
@@ -113,7 +153,9 @@ def test_a_score_that_one_image_cannot_have_is_left_out_with_a_warning() -> None
     told: list[Warned] = []
     asked = subject(blobs(5, 4, 0), blobs(1, 1, 1), protocols=EVERY)
     results = evaluate(asked, warn=told.append)
-    assert set(results) == {"knn", "linear_probe", "classification", "low_shot", "rankme"}
+    assert set(results) == {
+        "knn", "linear_probe", "classification", "low_shot", "rankme", "color_histogram",
+    }  # fmt: skip
     left_out = {name for w in told for name in w.message.split(" could")[0].split(", ")}
     assert left_out == set(EVERY) - set(results)
 
@@ -156,7 +198,7 @@ def test_the_probe_is_trained_once() -> None:
     assert asked.probe is asked.probe
 
 
-@pytest.mark.parametrize("recipe", ["lacvit", "mae_ct"])
+@pytest.mark.parametrize("recipe", ["lacvit", "mae_ct", "mae"])
 def test_recipes_and_the_full_protocol(recipe: str) -> None:
     train, heldout = blobs(20, 4, 0), blobs(10, 4, 1)
     labels = torch.where(torch.arange(80) % 5 == 0, -1, train.labels)
@@ -175,9 +217,97 @@ def test_recipes_and_the_full_protocol(recipe: str) -> None:
     assert seen == set((labels >= 0).nonzero()[:, 0].tolist()), "rows of the whole train set"
     assert scores["top1"] == scores["top1_max_on_test"] == 1
     assert scores["settings"]["protocol"] == "full"
-    assert scores["settings"]["num_rates"] == (13 if recipe == "mae_ct" else 10)
+    rates = {"lacvit": 10, "mae_ct": 13, "mae": 1}
+    assert scores["settings"]["num_rates"] == rates[recipe]
     assert evaluate(asked, warn=told.append) == {}
     assert "needs the training images" in told[0].message
+
+
+@pytest.mark.parametrize(("recipe", "epochs"), [("lacvit", 100), ("mae_ct", 100), ("mae", 90)])
+def test_the_cached_probe_tells_the_best_on_the_test_images_where_its_authors_do(
+    recipe: str, epochs: int
+) -> None:
+    results = run(
+        blobs(10, 4, 0),
+        blobs(10, 4, 1),
+        protocols=["linear_probe"],
+        linear_probe={"recipe": recipe},
+    )["linear_probe"]
+    assert results["settings"]["protocol"] == "cached"
+    assert results["settings"]["epochs"] == epochs
+    assert ("top1_max_on_test" in results) == (recipe != "lacvit")
+    assert results.get("top1_max_on_test", 1) >= results["top1"]
+
+
+def test_the_probe_s_epochs_may_be_chosen() -> None:
+    asked = {"recipe": "mae", "epochs": 7}
+    results = run(blobs(10, 4, 0), blobs(10, 4, 1), linear_probe=asked)
+    assert results["linear_probe"]["settings"]["epochs"] == 7
+
+
+def test_uniform_votes_may_differ_from_weighted_ones() -> None:
+    """Of three neighbours the nearest is of class 0, the others of class 1."""
+    train = LabelledFeatures(
+        torch.tensor([[1.0, 0.01], [1.0, 1.0], [1.0, 1.1]]), torch.tensor([0, 1, 1])
+    )
+    asked = LabelledFeatures(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    wanted: dict[str, Any] = {"protocols": ["knn"], "knn_k": 3, "knn_further_k": [1]}
+    weighted = run(train, asked, **wanted)["knn"]
+    uniform = run(train, asked, **wanted, knn_weighting="uniform")["knn"]
+    assert (weighted["top1"], uniform["top1"], uniform["k1"]["top1"]) == (1, 0, 1)
+    assert uniform["settings"] == {"k": 3, "weighting": "uniform"}
+
+
+def test_views_of_every_image_are_averaged() -> None:
+    """Views along the axes 0 and 1 of unit vectors along them: cosine 1/√2 with their mean."""
+    axes = torch.eye(8)
+    heldout = LabelledFeatures(axes[[0, 1]] + 0.1, torch.tensor([0, 1]))
+    asked = subject(blobs(5, 4, 0), heldout, protocols=["augmentation_invariance"])
+    seen: list[tuple[int, int]] = []
+
+    def views(rows: Tensor, step: int) -> Tensor:
+        seen.append((len(rows), step))
+        return axes[[step % 2] * len(rows)]
+
+    told: list[Warned] = []
+    found = evaluate(replace(asked, views=views), warn=told.append)["augmentation_invariance"]
+    assert told == []
+    assert seen == [(2, step) for step in range(8)]
+    assert found["unnormalized"] == pytest.approx(0.5**0.5)
+    assert found["norm"] == pytest.approx(0.28 / 1.28)
+    assert found["normalized"] == pytest.approx(found["unnormalized"] / found["norm"])
+    assert found["settings"] == {"views": "minimal", "num_views": 8, "num_images": 2}
+
+
+def test_protocols_of_images_say_that_they_need_them() -> None:
+    protocols = ["augmentation_invariance", "color_histogram"]
+    asked = subject(blobs(5, 4, 0), blobs(5, 4, 1), protocols=protocols)
+    told: list[Warned] = []
+    assert evaluate(replace(asked, views=None, histograms=None), warn=told.append) == {}
+    assert [warning.message.split(" could")[0] for warning in told] == protocols
+
+
+def test_low_shot_splits_by_file_name() -> None:
+    train, heldout = blobs(20, 4, 0), blobs(10, 4, 1)
+    rows = {f"{n}.png": n for n in range(80)}
+    first, second = [f"{n}.png" for n in (0, 20, 40, 60)], [f"{n}.png" for n in (1, 21, 41, 61, 2)]
+    given = {"shots": [], "shares": [], "splits": {"msn": [first, second]}}
+    asked = subject(train, heldout, protocols=["low_shot"], low_shot=given)
+    told: list[Warned] = []
+    found = evaluate(replace(asked, find_train=lambda names: rows), warn=told.append)["low_shot"]
+    assert told == []
+    assert found["settings"]["num_images"] == {"msn": 4}
+    tops = [
+        fit_logistic_regression(
+            preprocess_low_shot(train.features[at]), train.labels[at], num_classes=4
+        ).logits(preprocess_low_shot(heldout.features)).argmax(1).eq(heldout.labels).double().mean()
+        for at in ([0, 20, 40, 60], [1, 21, 41, 61, 2])
+    ]  # fmt: skip
+    assert found["msn"]["top1"] == pytest.approx(float(sum(tops)) / 2)
+    assert found["msn"]["top1_std"] == pytest.approx(abs(float(tops[0] - tops[1])) / 2)
+    train.labels[20] = -1
+    assert evaluate(replace(asked, find_train=lambda names: rows), warn=told.append) == {}
+    assert "has images without a label" in told[0].message
 
 
 def test_vectors_of_zeros_are_told_and_do_not_stop_the_neighbours() -> None:
@@ -191,11 +321,11 @@ def test_vectors_of_zeros_are_told_and_do_not_stop_the_neighbours() -> None:
 
 
 def test_features_that_are_all_alike() -> None:
-    same = LabelledFeatures(torch.ones(12, 3), torch.arange(12) % 4)
+    same = LabelledFeatures(torch.ones(24, 3), torch.arange(24) % 4)
     told: list[Warned] = []
     results = evaluate(subject(same, same, protocols=EVERY), warn=told.append)
     assert results["knn"]["top1"] == 0.25
-    assert results["nearest_neighbor"]["top1"] == pytest.approx(2 / 12), "row 0, of label 0"
+    assert results["nearest_neighbor"]["top1"] == pytest.approx(5 / 24), "row 0, of label 0"
     assert results["rankme"]["rankme"] == pytest.approx(1, abs=1e-4)
     assert results["rankme"]["feature_std"] == pytest.approx(0, abs=1e-9)
     assert results["alignment_uniformity"]["uniformity"] == pytest.approx(0, abs=1e-9)
@@ -215,6 +345,10 @@ def test_features_that_are_all_alike() -> None:
         ({"clustering": {"num_runs": 0}}, "greater than or equal to 1"),
         ({"classification": {"num_bins": 0}}, "greater than or equal to 1"),
         ({"linear_probe": {"protocol": "quick"}}, "'cached' or 'full'"),
+        ({"linear_probe": {"epochs": 0}}, "greater than or equal to 1"),
+        ({"low_shot": {"splits": {"2_shot": [["a"]]}}}, "'2_shot' is drawn and in splits"),
+        ({"low_shot": {"splits": {"msn": []}}}, "at least 1 item"),
+        ({"augmentation_invariance": {"num_images": 1}}, "greater than or equal to 2"),
     ],
 )
 def test_config_refuses(config: dict[str, object], message: str) -> None:

@@ -31,6 +31,10 @@ def test_number(value: float | None, shown: str) -> None:
         ("1_shot.top1_std", None, True),
         ("worst_class_accuracy", "higher", True),
         ("class_alignment", "lower", False),
+        ("normalized", "higher", False),
+        ("unnormalized", None, False),
+        ("top1_max_on_test", "higher", True),
+        ("uniform_l1", None, False),
         ("something_new", None, False),
     ],
 )
