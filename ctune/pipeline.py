@@ -36,7 +36,7 @@ from ctune.export import export_model
 from ctune.features import RunImages
 from ctune.figures_file import FiguresWriter
 from ctune.methods.base import Program, RunContext
-from ctune.model_dir import HEADS, WEIGHTS, read_info
+from ctune.model_dir import HEADS, WEIGHTS, check_hashes, read_info
 from ctune.online import OnlineEvaluation
 from ctune.resume import newest_checkpoint, run_fingerprint
 from ctune.rundir import RunDir
@@ -261,6 +261,7 @@ class Run:
     # --- encoder, images, features ---
 
     def _build_encoder(self) -> Encoder:
+        self._parent = self._verified_parent()
         method = self._config.method
         encoder = build_encoder(
             self._config.encoder,
@@ -281,6 +282,17 @@ class Run:
             gradient_checkpointing=resources.gradient_checkpointing,
         )
         return encoder
+
+    def _verified_parent(self) -> JsonObject | None:
+        """Return which model the encoder comes from; its weights must be those it was made with."""
+        directory = self._file.start_dir
+        if directory is None or self._start is None:
+            return None
+        sha256 = self._start["files"].get(WEIGHTS, "")
+        check_hashes(directory, {WEIGHTS: sha256})
+        encoder = self._config.encoder
+        model_id = encoder.id if isinstance(encoder, ModelEncoder) else None
+        return {"model_id": model_id, "weights_sha256": sha256}
 
     # --- export ---
 
@@ -307,15 +319,6 @@ class Run:
                 self._store.image(int(n)) for n in self._store.indices(split)[:REFERENCE_IMAGES]
             ],
         )
-
-    @property
-    def _parent(self) -> JsonObject | None:
-        """Which model the encoder comes from, None where it comes from elsewhere."""
-        if self._start is None:
-            return None
-        encoder = self._config.encoder
-        model_id = encoder.id if isinstance(encoder, ModelEncoder) else None
-        return {"model_id": model_id, "weights_sha256": self._start["files"].get(WEIGHTS)}
 
     # --- small things ---
 

@@ -21,6 +21,7 @@ from timm.data.transforms_factory import create_transform
 
 from ctune.child import StopRequest
 from ctune.config import RunConfig
+from ctune.errors import EncoderError
 from ctune.events import (
     CheckpointSaved,
     Evaluated,
@@ -367,6 +368,17 @@ def test_a_run_reads_the_heads_of_the_model_it_starts_from(
     assert info["provenance"]["parent"] == {"model_id": model_id, "weights_sha256": sha256}
     assert sha256 in (second.model / "README.md").read_text(encoding="utf-8")
     assert "mae_decoder.safetensors" not in info["files"], "this run has no decoder"
+
+
+def test_a_run_does_not_start_from_damaged_weights(tmp_path: Path, store: Path) -> None:
+    first = RunDir(tmp_path / "a").create()
+    execute(RunFile(config=RunConfig(**tiny_config("linear_probe")), data=store), first)
+    weights = first.model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    config = tiny_config("linear_probe", encoder={"source": "file", "path": str(first.model)})
+    with pytest.raises(EncoderError, match=r"model\.safetensors has sha256"):
+        execute(RunFile(config=RunConfig(**config), data=store), RunDir(tmp_path / "b").create())
 
 
 def execute(file: RunFile, run_dir: RunDir) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def problem(answer: httpx.Response, status: int) -> dict[str, Any]:
 
 
 def export_tiny(path: Path, *, seed: int, classes: list[str] | None) -> None:
-    """Export a two-block ViT, with a classifier if there are classes."""
+    """Export a two-block ViT, with a classifier if there are classes, else with another head."""
     torch.manual_seed(seed)
     config = TimmEncoder(
         name="vit_tiny_patch16_224", pretrained=False, image_size_px=16, options=OPTIONS
@@ -91,7 +91,9 @@ def export_tiny(path: Path, *, seed: int, classes: list[str] | None) -> None:
         evaluation={},
         reference_images=[picture(0), picture(1)],
         classes=classes,
-        heads={"classifier": nn.Linear(24, len(classes))} if classes else None,
+        heads={"classifier": nn.Linear(24, len(classes))}
+        if classes
+        else {"nnclr_head": nn.BatchNorm1d(24)},
     )
 
 
