@@ -14,6 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from ctune.config import MapKind
+from ctune.image_table import ImageTable
 from ctune.rundir import RunDir, write_atomically
 from ctune.schema import Schema
 from ctune.store import PackedStore
@@ -23,6 +24,7 @@ When = Literal["before", "after"]
 MAP_SIDE = 1000
 """Coordinates of a map are whole numbers 0 ... MAP_SIDE."""
 THUMBNAIL_PX = 64
+TABLE_PX = 128
 THUMBNAIL_QUALITY = 75
 
 
@@ -107,6 +109,16 @@ class Diagnostic(Schema):
     x: list[float] = []
 
 
+class PictureTable(Schema):
+    """Small images in rows and columns."""
+
+    title: str
+    text: str
+    columns: list[str]
+    rows: list[list[str]]
+    """WebP, base64."""
+
+
 class Figures(Schema):
     """The pictures of one evaluation; what could not be made is empty."""
 
@@ -127,6 +139,8 @@ class FiguresFile(Schema):
     """Number in the packed store to a WebP of at most 64 px a side, base64."""
     before: Figures | None = None
     after: Figures | None = None
+    tables: list[PictureTable] = []
+    """What the method has to show of its training."""
 
 
 def read_figures(path: Path) -> FiguresFile | None:
@@ -157,18 +171,39 @@ class FiguresWriter:
         self._file = FiguresFile(
             classes={label: names[label] for part in known for label in _labels(part)},
             thumbnails={n: self._thumbnail(n) for part in known for n in _images(part.gallery)},
+            tables=self._file.tables,
             **parts,
         )
+        self._write()
+
+    def add_tables(self, tables: Iterable[ImageTable]) -> None:
+        """Set the method's tables with small images, and write the file; without any do nothing."""
+        found = [
+            PictureTable(
+                title=table.title,
+                text=table.text,
+                columns=list(table.columns),
+                rows=[[_webp(Image.fromarray(i), TABLE_PX) for i in row] for row in table.images],
+            )
+            for table in tables
+        ]
+        if found:
+            self._file = self._file.model_copy(update={"tables": found})
+            self._write()
+
+    def _write(self) -> None:
         write_atomically(self._path, self._file.model_dump_json().encode())
 
     def _thumbnail(self, number: int) -> str:
-        if number in self._file.thumbnails:
-            return self._file.thumbnails[number]
-        image = self._store.image(number)
-        image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
-        target = io.BytesIO()
-        image.save(target, "WEBP", quality=THUMBNAIL_QUALITY)
-        return base64.b64encode(target.getvalue()).decode("ascii")
+        known = self._file.thumbnails.get(number)
+        return known or _webp(self._store.image(number), THUMBNAIL_PX)
+
+
+def _webp(image: Image.Image, most_px: int) -> str:
+    image.thumbnail((most_px, most_px), Image.Resampling.LANCZOS)
+    target = io.BytesIO()
+    image.save(target, "WEBP", quality=THUMBNAIL_QUALITY)
+    return base64.b64encode(target.getvalue()).decode("ascii")
 
 
 def _images(gallery: Sequence[Query]) -> list[int]:

@@ -178,3 +178,27 @@ def reconstruction_target(imgs: Tensor, patch_size: int, *, norm_pix_loss: bool)
         return target
     variance, mean = torch.var_mean(target, dim=2, keepdim=True)
     return (target - mean) / (variance + VARIANCE_EPS).sqrt()
+
+
+@torch.no_grad()
+def reconstructed_images(
+    imgs: Tensor, pred: Tensor, *, mask: Tensor, patch_size: int, norm_pix_loss: bool
+) -> Tensor:
+    """Return images [N, C, H, W] whose removed patches are the predicted ones (mae.md 5).
+
+    Args:
+        imgs: normalised images.
+        pred: what the decoder made of them, [N, L, d].
+        mask: [N, L], 1 where a patch was removed.
+        patch_size: p.
+        norm_pix_loss: `pred` was compared with patches at mean 0 and variance 1: each gets mean and
+            variance of the image's own patch.
+    """
+    patches = patchify(imgs, patch_size)
+    pred = pred.to(patches.dtype)
+    if norm_pix_loss:
+        variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
+        pred = pred * (variance + VARIANCE_EPS).sqrt() + mean
+    whole = torch.where(mask[..., None] == 1, pred, patches)
+    grid_size = (imgs.shape[2] // patch_size, imgs.shape[3] // patch_size)
+    return unpatchify(whole, patch_size, grid_size=grid_size, channels=imgs.shape[1])

@@ -51,3 +51,9 @@ class Preprocessing:
         mean = torch.tensor(self.mean, device=batch.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=batch.device).view(3, 1, 1)
         return batch.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Return the uint8 images [B, 3, H, W] that `images`, normalised, are nearest to."""
+        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        return (images * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)

@@ -4,21 +4,20 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ctune.augment import Shard
 from ctune.child import StopRequest, StopRequested
 from ctune.data import prefetch
 from ctune.distributed import World
 from ctune.errors import DivergedError, OutOfMemoryError
 from ctune.events import EventBase, Metrics
 from ctune.gradient_watch import GradientWatch
-from ctune.methods.base import Batch, Source, Stage, StepOutput, log_interval_steps
+from ctune.methods.base import Batch, Stage, StepOutput, fetch_share, log_interval_steps
 from ctune.optim import clip_gradients_per_tensor
-from ctune.samplers import Indices, steps_per_epoch
+from ctune.samplers import steps_per_epoch
 from ctune.seeding import make_generator, seed_everything
 
 PROGRESS_INTERVAL_S = 1.0
@@ -70,7 +69,7 @@ def fit(stage: Stage, *, name: str, seed: int, start_step: int, hooks: Hooks) ->
     log_every = log_interval_steps(total_steps)
     parameters = [p for group in stage.optimizer.param_groups for p in group["params"]]
     world, step, pace = hooks.world, start_step, Pace(start_step)
-    fetch = functools.partial(_fetch_share, stage.source, world)
+    fetch = functools.partial(fetch_share, stage.source, world)
     if _look_if_due(stage, hooks, pace, step=step, total_steps=total_steps):
         hooks.save(step)
     stage.method.train()
@@ -192,12 +191,6 @@ def _look_if_due(stage: Stage, hooks: Hooks, pace: Pace, *, step: int, total_ste
     stage.method.train()
     pace.leave_out(time.monotonic() - started)
     return best
-
-
-def _fetch_share(source: Source, world: World, positions: Indices) -> Batch:
-    """Return this process's rows of the global batch of images at `positions`."""
-    rows = world.share(len(positions))
-    return replace(source.fetch(positions[rows]), shard=Shard(rows.start, len(positions)))
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

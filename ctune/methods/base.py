@@ -4,8 +4,8 @@ A method's `method.py` offers ``build(config, context) -> Program``: the modules
 plan per stage. The loop (`ctune.train.fit`) sees of a stage only what stands in `Stage`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +16,8 @@ from ctune.augment import Shard
 from ctune.backbones import Encoder
 from ctune.data import ImageCache
 from ctune.distributed import World
-from ctune.events import Warned
+from ctune.events import EventBase, Warned
+from ctune.image_table import ImageTable
 from ctune.methods.base_config import PlannedStage
 from ctune.samplers import EpochBatches, Indices
 from ctune.schema import JsonObject
@@ -72,15 +73,29 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
-    def after_step(self, step: int) -> list[Warned]:
-        """Follow an optimizer step (moving averages, queues); return warnings worth an event."""
+    def after_step(self, step: int) -> Sequence[EventBase]:
+        """Follow an optimizer step (moving averages, queues); return what is worth telling."""
         return []
+
+
+class PicturedModule(nn.Module):
+    """A module of a program that has something to show in the report."""
+
+    def pictures(self) -> list[ImageTable]:
+        """Return what it shows at the end of the run."""
+        raise NotImplementedError
 
 
 class Source(Protocol):
     """Where the loop takes batches from."""
 
     def fetch(self, positions: Indices) -> Batch: ...
+
+
+def fetch_share(source: Source, world: World, positions: Indices) -> Batch:
+    """Return this process's rows of the global batch of images at `positions`."""
+    rows = world.share(len(positions))
+    return replace(source.fetch(positions[rows]), shard=Shard(rows.start, len(positions)))
 
 
 @dataclass
@@ -132,6 +147,12 @@ class Program:
     advise: Callable[[JsonObject | None, JsonObject], list[Warned]] = lambda before, after: []
     """Warnings from the evaluations before (None when not asked for) and after."""
 
+    @property
+    def pictures(self) -> list[ImageTable]:
+        """What its modules have to show in the report."""
+        shown = [m.pictures() for m in self.modules.values() if isinstance(m, PicturedModule)]
+        return [table for tables in shown for table in tables]
+
 
 @dataclass
 class RunContext:
@@ -150,6 +171,11 @@ class RunContext:
     from_scratch: bool
     world: World = field(default_factory=World)
     """The processes that train this run together."""
+    heldout_images: Callable[[int], Tensor] | None = None
+    """So many held-out images, or all where there are fewer, as the encoder takes them: uint8
+    [n, 3, s, s], the same ones each time. Not to be trained on. None: nothing is held out."""
+    encoder_is_mae: bool = False
+    """Whether the encoder is known to be that of a masked autoencoder."""
     start_head: Callable[[str], dict[str, Tensor] | None] = lambda name: None
     """Tensors on the CPU of a head (`model_dir.HEADS`) of the model that the encoder comes from;
     None where there is none. Raises EncoderError ``model_damaged``."""

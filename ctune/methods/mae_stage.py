@@ -16,7 +16,7 @@ from ctune.backbones import Encoder
 from ctune.device import autocast_dtype
 from ctune.distributed import World
 from ctune.errors import ConfigError
-from ctune.events import Warned
+from ctune.events import EventBase, Warned
 from ctune.masked_autoencoder import MaskedAutoencoder
 from ctune.methods.base import (
     Batch,
@@ -27,11 +27,13 @@ from ctune.methods.base import (
     StagePlan,
     StepOutput,
 )
+from ctune.methods.base_config import PlannedStage
 from ctune.methods.mae_config import MaePretrainConfig
+from ctune.methods.mae_monitor import HeldoutReconstruction
 from ctune.optim import layer_decay_param_groups, make_optimizer
 from ctune.patches import num_visible
 from ctune.schedules import WarmupCosine
-from ctune.seeding import seed_everything
+from ctune.seeding import make_generator, seed_everything
 from ctune.view_presets import mae_minimal
 
 PADDING_PX = 4
@@ -45,6 +47,7 @@ UNLEARNED_SHARE = 0.98
 UNLEARNED_AFTER = 0.05
 FEWEST_STEPS = 50
 COLLAPSED_SPREAD = 1e-4
+MONITORED_IMAGES = 256
 
 
 class ReconstructionWatch(nn.Module):
@@ -111,16 +114,25 @@ class MaskedPretraining(Method):
         views: ViewPipeline,
         watch: ReconstructionWatch,
         world: World,
+        monitor: HeldoutReconstruction | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.watch = watch
+        self.monitor = monitor
         self._config = config
         self._views = views
         self._world = world
 
     def step(self, batch: Batch, generator: torch.Generator) -> StepOutput:
         """Return the mean loss of all views of one micro-batch."""
+        return self.reconstruct(batch, generator)[0]
+
+    def reconstruct(self, batch: Batch, generator: torch.Generator) -> tuple[StepOutput, Tensor]:
+        """Return what `step` does, and the encoder's tokens [V * b, 1 + K, D] of visible patches.
+
+        All first views come first.
+        """
         config = self._config
         shard = batch.shard or Shard(0, len(batch.labels))
         imgs = self._views.views(
@@ -138,11 +150,14 @@ class MaskedPretraining(Method):
         spread = feature_spread(result.latent[:, 0])
         weight = self._world.weight(len(batch.labels), shard.total)
         self.watch.observe(*self._world.mean(torch.stack((result.loss, spread)).detach() * weight))
-        return StepOutput(loss=result.loss, metrics={"feature_spread": spread})
+        return StepOutput(loss=result.loss, metrics={"feature_spread": spread}), result.latent
 
-    def after_step(self, step: int) -> list[Warned]:
-        """Return the warnings that the last steps call for."""
-        return self.watch.warnings(step)
+    def after_step(self, step: int) -> list[EventBase]:
+        """Return the warnings that the last steps call for, and what a look at others shows."""
+        told: list[EventBase] = [*self.watch.warnings(step)]
+        if self.monitor is not None:
+            told += self.monitor.look(step, self.autoencoder, self.watch.loss_mean)
+        return told
 
 
 @torch.no_grad()
@@ -230,6 +245,38 @@ def make_autoencoder(config: MaePretrainConfig, context: RunContext) -> MaskedAu
     return autoencoder.to(context.device)
 
 
+def make_monitor(
+    config: MaePretrainConfig,
+    context: RunContext,
+    *,
+    grid_size: tuple[int, int],
+    planned: PlannedStage,
+) -> HeldoutReconstruction | None:
+    """Return what looks at held-out images during the stage, None where there are none.
+
+    They are seen whole: without a crop.
+    """
+    if context.heldout_images is None:
+        return None
+    pixels = context.heldout_images(min(MONITORED_IMAGES, config.batch_size))
+    noise = masking_noise(
+        grid_size,
+        make_generator(context.seed, planned.name, "held-out"),
+        num_images=len(pixels),
+        shard=Shard(0, len(pixels)),
+        block=config.mask_block,
+    )
+    return HeldoutReconstruction(
+        pixels,
+        noise,
+        preprocessing=context.encoder.preprocessing,
+        mask_ratio=config.mask_ratio,
+        stage=planned.name,
+        total_steps=planned.total_steps,
+        autocast_dtype=autocast_dtype(config.precision, context.device),
+    ).to(context.device)
+
+
 def mae_plan(
     config: MaePretrainConfig, context: RunContext
 ) -> tuple[StagePlan, dict[str, nn.Module]]:
@@ -251,6 +298,7 @@ def mae_plan(
         unlearned_loss=(values - 1) / values if config.norm_pix_loss else None,
         total_steps=planned.total_steps,
     ).to(context.device)
+    monitor = make_monitor(config, context, grid_size=autoencoder.grid_size, planned=planned)
 
     def start() -> Stage:
         autoencoder.train_all()
@@ -268,6 +316,7 @@ def mae_plan(
                 views=make_mae_views(config, context.encoder),
                 watch=watch,
                 world=context.world,
+                monitor=monitor,
             ),
             source=ImageSource(context.train_images(), labels, context.device),
             sampler=sampler,
@@ -278,7 +327,9 @@ def mae_plan(
             autocast_dtype=autocast_dtype(config.precision, context.device),
         )
 
-    modules = {"mae_decoder": autoencoder.decoder, "mae_watch": watch}
+    modules: dict[str, nn.Module] = {"mae_decoder": autoencoder.decoder, "mae_watch": watch}
+    if monitor is not None:
+        modules["mae_monitor"] = monitor
     return StagePlan.of(planned, start), modules
 
 

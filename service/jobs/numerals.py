@@ -82,6 +82,7 @@ _WORDS = {
     "online_feature_std": "spread of features",
     "train_top1": "top-1 accuracy on training batches",
     "grad_norm": "gradient norm",
+    "val_loss": "loss on held-out images",
     "images_per_s": "images per second",
     "data_wait": "share of time waiting for data",
     "z_std": "spread of projections",

@@ -83,6 +83,7 @@ def _page(sources: Sources, now: float) -> JsonObject:
         "gallery": pictures.gallery(),
         "labelled": pictures.labelled,
         "diagnostics": pictures.diagnostics(),
+        "tables": pictures.tables(),
         "no_model": "The job makes it at its end." if running else "The job left no model.",
         "model": _model(report["model"]) if report["model"] else [],
         "snippet": _snippet(report["model"], sources.base_url) if report["model"] else "",

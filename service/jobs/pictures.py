@@ -221,9 +221,21 @@ class Pictures:
 
     def _thumbnail(self, image: int) -> str | None:
         data = self._file.thumbnails.get(image)
-        return None if data is None else f"data:image/webp;base64,{data}"
+        return None if data is None else _webp(data)
 
     # --- diagnostics ---
+
+    def tables(self) -> list[dict[str, Any]]:
+        """Return the tables of images that the method has to show."""
+        return [
+            {
+                "title": table.title,
+                "text": table.text,
+                "columns": table.columns,
+                "rows": [[_webp(data) for data in row] for row in table.rows],
+            }
+            for table in self._file.tables
+        ]
 
     def diagnostics(self) -> list[Picture]:
         """Return the further pictures of the method."""
@@ -232,6 +244,10 @@ class Pictures:
             for when, figures in self._known.items()
             for one in figures.diagnostics.values()
         ]
+
+
+def _webp(data: str) -> str:
+    return f"data:image/webp;base64,{data}"
 
 
 def _lowest(parts: Sequence[Sequence[int]]) -> float:

@@ -4,9 +4,11 @@ import base64
 import io
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from ctune.figures_file import (
+    TABLE_PX,
     THUMBNAIL_PX,
     ClassAccuracy,
     ClassFigures,
@@ -18,6 +20,7 @@ from ctune.figures_file import (
     When,
     read_figures,
 )
+from ctune.image_table import ImageTable
 from ctune.manifest import DatasetSummary, Manifest, ValidationReport
 from ctune.rundir import RunDir
 from ctune.store import PackedStore, StoreWriter
@@ -81,6 +84,29 @@ def test_a_resumed_run_begins_with_what_the_newest_attempt_had(tmp_path: Path) -
     found = read_figures(attempts[3].figures)
     assert found is not None
     assert (found.before, found.after) == (neighbours_of(1), neighbours_of(0))
+
+
+def test_tables_of_a_method_are_kept_beside_the_evaluations(tmp_path: Path) -> None:
+    first, second = (RunDir(tmp_path / f"a{n}").create() for n in (1, 2))
+    store = store_of(tmp_path / "store")
+    images = np.zeros((2, 3, 200, 100, 3), dtype=np.uint8)
+    images[1, 2] = (10, 200, 10)
+    writer = FiguresWriter(first, [], store)
+    writer.add_tables([])
+    assert read_figures(first.figures) is None
+    writer.add_tables([ImageTable("t", "said", ("a", "b", "c"), images)])
+    resumed = FiguresWriter(second, [first.root], store)
+    resumed.add_tables([])
+    resumed.add("after", Figures())
+    found = read_figures(second.figures)
+    assert found is not None and found.after == Figures()
+    (table,) = found.tables
+    assert (table.title, table.text, table.columns) == ("t", "said", ["a", "b", "c"])
+    assert np.shape(table.rows) == (2, 3)
+    with Image.open(io.BytesIO(base64.b64decode(table.rows[1][2]))) as image:
+        assert image.size == (TABLE_PX // 2, TABLE_PX)
+        red, green, blue = image.convert("RGB").getpixel((5, 5))  # type: ignore[misc]
+        assert green > 150 > 60 > max(red, blue)
 
 
 def test_a_file_of_another_version_is_left_aside(tmp_path: Path) -> None:

@@ -77,8 +77,8 @@ class Bench:
     ) -> None:
         """`method` is laid over the method's tiny config."""
         config = merge_defaults(tiny_config(name), {"method": method or {}})
-        self.config = resolve(RunConfig.model_validate(config))
         self.store = PackedStore(store)
+        self.config = resolve(RunConfig.model_validate(config), self.store.manifest.summary)
         self.told: list[EventBase] = []
         seed_everything(self.config.seed, "encoder")
         self.encoder = build_encoder(
@@ -100,6 +100,7 @@ class Bench:
             seed=self.config.seed,
             device=torch.device("cpu"),
             from_scratch=True,
+            heldout_images=lambda count: self.cache.batch(np.arange(min(count, len(self.cache)))),
         )
 
     def encode(self) -> torch.Tensor:

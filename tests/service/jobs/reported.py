@@ -17,6 +17,7 @@ from ctune.figures_file import (
     Figures,
     FiguresFile,
     Neighbour,
+    PictureTable,
     PlaneMap,
     Query,
 )
@@ -95,6 +96,14 @@ def figures_file(images: int = 300) -> FiguresFile:
         thumbnails={number: _thumbnail(number) for number in range(6)},
         before=figures(images),
         after=figures(images),
+        tables=[
+            PictureTable(
+                title=f"reconstructions {HOSTILE}",
+                text=LONG,
+                columns=["image", HOSTILE, LONG],
+                rows=[[_thumbnail(n)] * 3 for n in range(2)],
+            )
+        ],
     )
 
 

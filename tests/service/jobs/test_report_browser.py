@@ -70,7 +70,7 @@ def check_layout(page: Page) -> dict[str, Any]:
 def test_on_a_phone(browser: Browser, url: str, device: dict[str, Any]) -> None:
     with opened(browser, url, device) as page:
         found = check_layout(page)
-        assert len(found["images"]) == 11
+        assert len(found["images"]) == 11 + 6
         assert page.get_by_role("heading", name="Scores on the held-out images").is_visible()
         assert page.get_by_role("img", name="loss: 1 at step 0").is_visible()
         assert page.locator("h1").inner_text().startswith("<script>")

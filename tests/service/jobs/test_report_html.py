@@ -85,6 +85,9 @@ def test_the_page_of_a_finished_job(api: Api) -> None:
     charts = [svg["aria-label"] for svg in page.of("svg") if svg.get("role") == "img"]
     # curves, histograms, matrices of two predictions, maps, diagnostics; before and after
     assert len(charts) == 4 + 2 + 4 + 2 + 4 and all(charts)
+    shown = [image["alt"] or "" for image in page.of("img")]
+    assert [alt for alt in shown if alt.startswith("image, ")] == ["image, 1", "image, 2"]
+    assert f"reconstructions {HOSTILE}" in page.text
     assert charts[0] is not None and "loss: 1 at step 0" in charts[0]
     assert "Not there" not in page.text
 
@@ -102,7 +105,7 @@ def test_names_can_do_no_harm(sqlite_api: Api) -> None:
     assert not page.of("script") and not page.of("iframe") and not page.of("object")
     assert not [a for _, attributes in page.tags for a in attributes if a.startswith("on")]
     sources = [image["src"] or "" for image in page.of("img")]
-    assert len(sources) == 11 and all(s.startswith("data:image/webp;base64,") for s in sources)
+    assert len(sources) == 11 + 6 and all(s.startswith("data:image/webp;base64,") for s in sources)
     assert {link["href"] for link in page.of("link")} == {"data:,"}
     assert all((a["href"] or "").startswith("#") for a in page.of("a"))
     style = text[text.index("<style>") : text.index("</style>")]
