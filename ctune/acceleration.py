@@ -1,5 +1,6 @@
 """What makes an encoder faster or smaller in memory, with the same outcome but for rounding."""
 
+import copy
 import os
 import shutil
 
@@ -53,6 +54,14 @@ def accelerate(
             )
         encoder.compile()
     return warnings
+
+
+def copy_accelerated(encoder: Encoder) -> Encoder:
+    """Return a copy of an encoder that `accelerate` has prepared, prepared alike."""
+    copied = copy.deepcopy(encoder)
+    if encoder._compiled_call_impl is not None:  # which a copy leaves out
+        copied.compile()
+    return copied
 
 
 def is_convolutional(encoder: Encoder) -> bool:

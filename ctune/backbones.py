@@ -51,6 +51,7 @@ class Encoder(nn.Module):
         model_args: JsonObject,
         preprocessing: Preprocessing,
         licence: str | None,
+        is_mae: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -63,6 +64,8 @@ class Encoder(nn.Module):
         self.std: Rgb = preprocessing.std
         self.licence = licence
         """Licence of the weights it started from; ``unknown``; none for a start from scratch."""
+        self.is_mae = is_mae
+        """Whether its weights are those of a published masked autoencoder."""
         width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
         self.embed_dim = int(width)  # type: ignore[arg-type]
         blocks = getattr(backbone, "blocks", None) if hasattr(backbone, "patch_embed") else None
@@ -137,6 +140,7 @@ def build_encoder(
         model_args={**source.options, **source.settled()},
         preprocessing=Preprocessing(size_px, _rgb(source.cfg["mean"]), _rgb(source.cfg["std"])),
         licence=source.licence,
+        is_mae=source.is_mae,
     )
 
 

@@ -125,8 +125,8 @@ class KnownStart:
     """Its blocks."""
     method: JsonObject | None = None
     """The resolved method of the ctune job that made it."""
-    heads: frozenset[str] = frozenset()
-    """Names of the heads that the job left beside it."""
+    heads: frozenset[str] | None = None
+    """Names of the heads that the job left beside it; empty where no job made it."""
 
 
 def known_start(encoder: EncoderConfig, model_info: JsonObject | None = None) -> KnownStart:
@@ -139,6 +139,7 @@ def known_start(encoder: EncoderConfig, model_info: JsonObject | None = None) ->
     info = model_info or {}
     name = info.get("architecture") if info else getattr(encoder, "name", None)
     known = catalogue().get(name.partition(".")[0]) if name else None
+    heads = None if isinstance(encoder, FileEncoder) and not info else info.get("files", {})
     options = info["model_args"] if info else getattr(encoder, "options", {})
     width = options.get("embed_dim", known and known.embed_dim)
     depth = options.get("depth", known and known.depth)
@@ -148,7 +149,7 @@ def known_start(encoder: EncoderConfig, model_info: JsonObject | None = None) ->
         embed_dim=width if isinstance(width, int) else None,
         depth=depth if isinstance(depth, int) else None,
         method=info.get("method"),
-        heads=frozenset(name.removesuffix(".safetensors") for name in info.get("files", {})),
+        heads=None if heads is None else frozenset(n.removesuffix(".safetensors") for n in heads),
     )
 
 

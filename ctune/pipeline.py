@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ from ctune.events import (
 from ctune.export import export_model
 from ctune.features import RunImages
 from ctune.figures_file import FiguresWriter
+from ctune.manifest import Split
 from ctune.methods.base import Program, RunContext
 from ctune.model_dir import HEADS, WEIGHTS, check_hashes, read_info
 from ctune.online import OnlineEvaluation
@@ -181,6 +183,8 @@ class Run:
             world=self._world,
         )
         training.run(resumed)
+        if self._world.is_main:
+            figures.add_tables(program.pictures)
         after = scoring.score("after", program.modules)
         if not self._world.is_main:
             return {}
@@ -214,10 +218,24 @@ class Run:
             device=self._device,
             from_scratch=isinstance(encoder, TimmEncoder) and not encoder.pretrained,
             world=self._world,
+            heldout_images=self._heldout_images if self._summary.heldout_split else None,
+            encoder_is_mae=self._encoder.is_mae or self._starts_from in ("mae", "mae_ct"),
             start_head=self._start_head,
         )
         program: Program = module.build(method, context)
         return program
+
+    def _heldout_images(self, count: int) -> Tensor:
+        split: Split = "val" if self._summary.splits.get("val") else "test"
+        images = self._images.decoded(split, self._encoder.image_size_px)
+        order = np.random.default_rng(self._config.seed).permutation(len(images))
+        return images.batch(order[:count])
+
+    @property
+    def _starts_from(self) -> str | None:
+        """The method that made the encoder, None where no job made it."""
+        method = (self._start or {}).get("method") or {}
+        return method.get("name")
 
     def _start_head(self, name: str) -> dict[str, Tensor] | None:
         directory = self._file.start_dir

@@ -61,6 +61,19 @@ def tiny_config(method: str = "lacvit", **changes: Any) -> dict[str, Any]:
                 "decoder_num_heads": 2,
             }
         },
+        "mae_ct": {
+            "mae": {
+                "epochs": 2,
+                "batch_size": 12,
+                "decoder_embed_dim": 16,
+                "decoder_depth": 1,
+                "decoder_num_heads": 2,
+            },
+            "batch_size": 12,
+            "head": {"proj_hidden_dim": 24, "pred_hidden_dim": 32, "out_dim": 16},
+            "head_init": {"epochs": 2},
+            "contrastive_tuning": {"epochs": 2, "top_k": 3},
+        },
         "finetune": {"tune": {"epochs": 3, "batch_size": 12}},
     }
     return {

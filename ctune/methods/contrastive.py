@@ -3,15 +3,15 @@
 Letters: B images of the global batch, b of this process, V views, D encoder and d head dimensions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ctune.augment import ViewPipeline
-from ctune.backbones import Encoder
 from ctune.distributed import World
-from ctune.events import Warned
+from ctune.events import EventBase, Warned
 from ctune.grad_cache import embed_in_micro_batches, has_batch_norm
 from ctune.methods.base import Batch, Method, StepOutput
 from ctune.methods.collapse import CollapseWatch
@@ -71,7 +71,7 @@ class ContrastiveMethod(Method):
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: nn.Module,
         embedding: Embedding,
         *,
         watch: CollapseWatch,
@@ -135,7 +135,7 @@ class ContrastiveMethod(Method):
             embed_rows, batch.inputs, module=self, micro_batch_size=how.micro_batch_size
         )
 
-    def after_step(self, step: int) -> list[Warned]:
+    def after_step(self, step: int) -> Sequence[EventBase]:
         """Return the warnings that the last steps call for."""
         return self.watch.warnings(step, self.trained)
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ctune.schema import Fault
+from ctune.schema import Fault, JsonObject
 
 GradCache = Annotated[
     bool,
@@ -28,6 +28,21 @@ def grad_cache_problems(grad_cache: bool, micro_batch_size: int, batch_size: int
     if grad_cache and micro_batch_size > batch_size:
         return [f"micro_batch_size ({micro_batch_size}) exceeds batch_size ({batch_size})"]
     return []
+
+
+def refuse_accumulation(given: JsonObject, defaults: JsonObject) -> None:
+    """Refuse `accumulate_steps` above 1 in a block that has no such field.
+
+    Args:
+        given: the block as it came.
+        defaults: what lies below it, with a `batch_size`.
+
+    Raises:
+        ValueError: why, and what to do instead.
+    """
+    steps, batch_size = given.get("accumulate_steps"), (defaults | given)["batch_size"]
+    if isinstance(steps, int) and isinstance(batch_size, int) and steps > 1:
+        raise ValueError(no_accumulation(batch_size, steps))
 
 
 def no_accumulation(batch_size: int, accumulate_steps: int) -> str:

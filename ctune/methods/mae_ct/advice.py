@@ -110,9 +110,14 @@ class FeatureChange(nn.Module):
         self._positions = np.linspace(0, num_images - 1, count).round().astype(np.int64)
         self.register_buffer("start", torch.full((count, embed_dim), torch.nan))
 
+    @property
+    def noted(self) -> bool:
+        """Whether the vectors of the start are known."""
+        return not bool(self.start.isnan().any())
+
     def remember(self, context: RunContext) -> None:
         """Note the vectors of the run's encoder, the first time."""
-        if bool(self.start.isnan().any()):
+        if not self.noted:
             self.start.copy_(self._vectors(context))
 
     def warnings(self, context: RunContext) -> list[Warned]:

@@ -12,7 +12,7 @@ from ctune.methods.contrastive_config import (
     MicroBatchSize,
     batch_fault,
     grad_cache_problems,
-    no_accumulation,
+    refuse_accumulation,
 )
 from ctune.samplers import RandomBatchSampler
 from ctune.schema import Fault, Fraction, JsonObject, PositiveFloat
@@ -170,11 +170,8 @@ class SimCLRConfig(MethodConfigBase):
     @classmethod
     def _refuse_accumulation(cls, given: Any) -> Any:
         if isinstance(given, dict):
-            steps = given.get("accumulate_steps")
-            default = cls.model_fields["batch_size"].default
-            batch_size = ({"batch_size": default} | cls.defaults_for(given) | given)["batch_size"]
-            if isinstance(steps, int) and isinstance(batch_size, int) and steps > 1:
-                raise ValueError(no_accumulation(batch_size, steps))
+            own = {"batch_size": cls.model_fields["batch_size"].default}
+            refuse_accumulation(given, own | cls.defaults_for(given))
         return given
 
     @model_validator(mode="after")

@@ -47,7 +47,7 @@ class AsTheyAre(ContrastiveMethod):
 def method(encoder: nn.Module, **embedding: Any) -> AsTheyAre:
     watch = CollapseWatch(uniform=UniformLoss(), steps_per_epoch=3, warmup_epochs=0, hint="")
     how = Embedding(**{"views": ViewPipeline(ViewConfig(size_px=8)), **embedding})
-    return AsTheyAre(encoder, how, watch=watch)  # type: ignore[arg-type]
+    return AsTheyAre(encoder, how, watch=watch)
 
 
 def batch(count: int = 6, side_px: int = 8, shard: Shard | None = None) -> Batch:
