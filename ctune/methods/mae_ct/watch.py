@@ -19,8 +19,6 @@ FEWEST_DRAWN = 0.01
 LARGEST_SHARE = 0.05
 TIMES_EVEN = 10
 """Of a queue of 24 rows each has 4 % of the draws: a hub has ten times as many too."""
-FEWEST_DRAWS = 1024
-"""At which 5 % are no accident."""
 HUB_WINDOWS = 3
 """One after the other. In Q draws of two views half of the queue is replaced: the first two windows
 may draw from its noise."""
@@ -39,10 +37,10 @@ HUB_HINTS: Mapping[str, str] = {
 class NeighborWatch(nn.Module):
     """Watches which rows of the queue are drawn, and in `contrastive_tuning` how good they are.
 
-    `hubness`: over Q draws, at least 1024, fewer than 1 % of the rows are drawn, or one row is more
-    than 5 % of the draws, three times in a row. `neighbour_drift`: the accuracy of the drawn rows
-    is over 20 % below its best; both are means over 4096 images, each taken three standard errors
-    to the careful side, and the fall must last two of them.
+    `hubness`: over Q draws fewer than 1 % of the rows are drawn, or one row is more than 5 % of the
+    draws, three times in a row. `neighbour_drift`: the accuracy of the drawn rows is over 20 %
+    below its best; both are means over 4096 images, each taken three standard errors to the careful
+    side, and the fall must last two of them.
 
     All processes observe the global batch, so that they agree. The state is in buffers.
 
@@ -87,7 +85,7 @@ class NeighborWatch(nn.Module):
 
         Returns:
             the head's metrics, averaged since the last log, and `drawn_share`: the share of the
-            queue's rows that was drawn in the last such window of draws, NaN before its end.
+            queue's rows that was drawn in the last Q draws, NaN before there were as many.
         """
         index = step.index.flatten()
         self._batch_size = step.index.shape[1]
@@ -108,8 +106,7 @@ class NeighborWatch(nn.Module):
     @torch.no_grad()
     def warnings(self, step: int) -> list[Warned]:
         """Return what the state after optimizer step `step` (from 0) calls for."""
-        window = max(len(self.draws), FEWEST_DRAWS)
-        if (step + 1) % math.ceil(window / (2 * self._batch_size)) == 0:
+        if (step + 1) % math.ceil(len(self.draws) / (2 * self._batch_size)) == 0:
             self._end_draws()
         if (step + 1) % math.ceil(DRIFT_IMAGES / self._batch_size) == 0:
             self._end_accuracy()

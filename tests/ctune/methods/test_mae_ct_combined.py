@@ -76,7 +76,7 @@ def test_the_settings_are_those_of_mae_with_two_views() -> None:
     added = {"nnclr_weight", "detach_head"}
     assert config.model_dump(exclude=added) == mae.model_dump()
     assert (config.nnclr_weight, config.detach_head) == (1e-3, False)
-    assert config.settled()["lr"] == 1.5e-4 * 8
+    assert config.peak_lr == 1.5e-4 * 8
     planned = CombinedConfig(batch_size=10, epochs=3).planned(48)
     assert (planned.name, planned.total_steps, planned.image_passes) == ("combined", 12, 240)
 
@@ -162,6 +162,7 @@ def test_it_learns_and_goes_on_bit_for_bit(store: Path, tmp_path: Path) -> None:
         return CombinedBench(store, tmp_path / name, nnclr_weight=0.5, base_lr=0.02)
 
     whole, again = bench("whole"), bench("again")
+    start = {n: p.detach().clone() for n, p in whole.program.modules.named_parameters()}
     plan = whole.program.plans[0]
     stage = plan.start()
     kept: dict[str, Any] = {}
@@ -182,6 +183,9 @@ def test_it_learns_and_goes_on_bit_for_bit(store: Path, tmp_path: Path) -> None:
     expected, found = whole.program.modules.state_dict(), again.program.modules.state_dict()
     for name, value in expected.items():
         assert torch.equal(value.nan_to_num(), found[name].nan_to_num()), name
+    still = {n for n, p in whole.program.modules.named_parameters() if torch.equal(p, start[n])}
+    frozen = {"encoder.backbone.pos_embed", "mae_decoder.pos_embed"}
+    assert {name for name in still if "target_projector" not in name} == frozen
     events = [event.values for event in whole.told if isinstance(event, Metrics)]
     told = [values for values in events if "mae_loss" in values]
     for loss in ("mae_loss", "nnclr_loss"):

@@ -74,6 +74,11 @@ def test_a_hub_in_the_noise_that_the_queue_starts_with_is_no_fault() -> None:
     assert told(NeighborWatch(SIZE, "head_init"), steps) == []
 
 
+def test_hubs_that_come_and_go_are_no_fault() -> None:
+    steps = [step_of(one_hub(n, 0.5 if n // WINDOW % 3 else 0.0)) for n in range(120)]
+    assert told(NeighborWatch(SIZE, "head_init"), steps) == []
+
+
 def test_in_a_short_queue_chance_is_no_hub() -> None:
     steps = [step_of(spread(n, 12, 24)) for n in range(400)]
     assert told(NeighborWatch(24, "head_init"), steps) == []
@@ -101,13 +106,28 @@ def test_a_smaller_fall_or_noise_is_no_drift(to: float) -> None:
     assert told(NeighborWatch(SIZE, "contrastive_tuning"), falling(100, to)) == []
 
 
-def test_small_batches_and_rare_hits_are_no_drift() -> None:
-    watch = NeighborWatch(64, "contrastive_tuning")
+@pytest.mark.parametrize(("to", "codes"), [(0.37, []), (0.355, ["neighbour_drift"])])
+def test_a_fall_must_be_certain(to: float, codes: list[str]) -> None:
+    """Of 4096 images 0.5 is at least 0.477, 0.37 may be 0.393, and 0.355 at most 0.377."""
+    accuracies = [0.5] * 32 + [to] * 68
+    steps = [step_of(spread(n), accuracy) for n, accuracy in enumerate(accuracies)]
+    assert [code for _, code in told(NeighborWatch(SIZE, "contrastive_tuning"), steps)] == codes
+
+
+def test_rare_hits_of_few_images_are_no_drift() -> None:
+    """16 hits per window, 4 more or less."""
+    watch = NeighborWatch(SIZE, "contrastive_tuning")
     generator = torch.Generator().manual_seed(0)
-    for number in range(6000):
-        accuracy = float((torch.rand(16, generator=generator) < 0.03).float().mean())
-        watch.observe(step_of(spread(number, 16, 64), accuracy))
+    for number in range(2000):
+        accuracy = float((torch.rand(BATCH, generator=generator) < 0.004).float().mean())
+        watch.observe(step_of(spread(0), accuracy))
         assert watch.warnings(number) == []
+
+
+def test_windows_without_labelled_images_are_passed_over() -> None:
+    nothing = [step_of(spread(n), 0.0, num_labelled=0) for n in range(64)]
+    found = told(NeighborWatch(SIZE, "contrastive_tuning"), nothing + falling(64, 0.3))
+    assert [code for _, code in found] == ["neighbour_drift"]
 
 
 def test_without_labels_there_is_no_drift_and_no_accuracy() -> None:
