@@ -92,6 +92,13 @@ class EvaluationConfig(Schema):
         """Passes over random crops of the training images that an evaluation makes."""
         return self.linear_probe.crop_epochs if PROBED & {*self.protocols} else 0
 
+    def tuned_images(self, num_labelled: int) -> int:
+        """Training images times the passes over them of fine-tunings in an evaluation."""
+        if "low_shot" not in self.protocols:
+            return 0
+        settings = self.low_shot
+        return round(sum(settings.finetune_shares) * num_labelled * settings.finetune_epochs)
+
     def viewed_images(self, num_heldout: int) -> int:
         """Held-out images times their random views that an evaluation encodes."""
         if "augmentation_invariance" not in self.protocols:

@@ -17,6 +17,8 @@ WITHOUT_INFLUENCE = frozenset(
     {"epochs", "warmup_epochs", "preset", "max_duration_s", "checkpoint_interval_s"}
 )
 """Fields of method and resources that do not change how long a step takes."""
+STEP_COST = 3
+"""Of an image in a fine-tuning, in encodings: one pass forward and two backward."""
 INCLUDED = "start, decoding, training, encoding for the evaluations before, during and after"
 NOT_INCLUDED = "download of weights, what the protocols compute, figures, writing of checkpoints"
 
@@ -196,7 +198,9 @@ def _evaluated_images(
     rounds = 2 if config.evaluation.before else 1
     images = 0
     if heldout is not None:
-        crops = config.evaluation.crop_epochs * sum(summary.train_classes.values())
+        labelled = sum(summary.train_classes.values())
+        crops = config.evaluation.crop_epochs * labelled
+        crops += STEP_COST * config.evaluation.tuned_images(labelled)
         count = summary.splits[heldout]
         images = rounds * (train + count + crops + config.evaluation.viewed_images(count))
     online = config.evaluation.online

@@ -89,6 +89,12 @@ class LowShotEvaluation(Schema):
         0.1,
     ]
     """Shares of each class's training images, one draw each."""
+    finetune_shares: Annotated[
+        list[Annotated[float, Field(gt=0, le=1)]], Field(max_length=10), Distinct
+    ] = []
+    """Shares on which a copy of the whole encoder is fine-tuned, as published 10 % are; slow."""
+    finetune_epochs: Annotated[int, Field(ge=1, le=1000)] = 50
+    """Passes of a fine-tuning over its images."""
     splits: Annotated[
         dict[SplitName, Annotated[list[FileNames], Field(min_length=1, max_length=20)]],
         Field(max_length=20),
@@ -99,6 +105,7 @@ class LowShotEvaluation(Schema):
     @model_validator(mode="after")
     def _named_once(self) -> Self:
         drawn = {*map(shots_name, self.shots), *map(share_name, self.shares)}
+        drawn |= {*map(tuned_share_name, self.finetune_shares)}
         twice = sorted(drawn & self.splits.keys())
         if twice:
             raise ValueError(f"{twice[0]!r} is drawn and in splits; leave it out of one of them")
@@ -113,6 +120,11 @@ def shots_name(shots: int) -> str:
 def share_name(share: float) -> str:
     """Return what the score of a share of the images is called."""
     return f"{100 * share:g}_percent"
+
+
+def tuned_share_name(share: float) -> str:
+    """Return what the score of an encoder that was fine-tuned on a share is called."""
+    return f"{share_name(share)}_finetuned"
 
 
 class ClusteringEvaluation(Schema):

@@ -53,6 +53,11 @@ class RunImages:
         self._stop = stop
         self._caches: dict[tuple[Split, int], ImageCache] = {}
 
+    @property
+    def stop(self) -> StopRequest:
+        """The wish of the run's owner that it stop."""
+        return self._stop
+
     def labels(self, split: Split) -> Indices:
         """Return the labels [N] of a split's images, -1 for none."""
         labels: Indices = self._store.labels(split)[self._used(split)]

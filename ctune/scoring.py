@@ -9,15 +9,19 @@ from torch import nn
 
 from ctune.backbones import Encoder
 from ctune.config import RunConfig
+from ctune.errors import DivergedError
 from ctune.evaluate.accuracy import topk_accuracy
 from ctune.evaluate.figures import Numbers, make_figures
 from ctune.evaluate.linear_probe import Augmented
+from ctune.evaluate.low_shot import sample_low_shot
 from ctune.evaluate.protocols import evaluate
 from ctune.evaluate.queue_scores import queue_scores
 from ctune.evaluate.subject import Subject
+from ctune.evaluation_config import tuned_share_name
 from ctune.events import Evaluated, EventBase, StageStarted, Warned
 from ctune.features import RunImages
 from ctune.figures_file import FiguresWriter
+from ctune.low_shot_tuning import fine_tune
 from ctune.manifest import DatasetSummary, Split
 from ctune.schema import JsonObject
 
@@ -75,9 +79,46 @@ class Scoring:
             num_classes=len(self._summary.classes),
             seed=self._config.seed,
             find_train=lambda names: self._images.find("train", names),
+            finetuned=self._fine_tuned(heldout_split),
             **self._from_images(heldout_split),
         )
         return self._images.world.on_main(lambda: self._measure(when, subject, modules))
+
+    def _fine_tuned(self, heldout_split: Split) -> dict[str, JsonObject]:
+        """Return the scores of copies of the encoder, each tuned on a share of the images.
+
+        A share that cannot be drawn, or that the training diverges on, is left out with a warning.
+        """
+        settings, found = self._config.evaluation.low_shot, dict[str, JsonObject]()
+        if "low_shot" not in self._config.evaluation.protocols:
+            return found
+        for share in settings.finetune_shares:
+            name = tuned_share_name(share)
+            try:
+                found[name] = {"top1": self._tuned_top1(share, heldout_split)}
+            except (ValueError, DivergedError) as error:
+                message = f"low_shot, {name} could not be measured: {error}"
+                hint = "look at the labels of the training images"
+                self._warn_once(Warned(code="not_scored", message=message, hint=hint))
+        return found
+
+    def _tuned_top1(self, share: float, heldout_split: Split) -> float:
+        labels = torch.from_numpy(self._images.labels("train"))
+        known, num_classes = (labels >= 0).nonzero()[:, 0], len(self._summary.classes)
+        drawn = sample_low_shot(labels[known], num_classes=num_classes, shots=float(share), seed=0)
+        tuned = fine_tune(
+            self._encoder,
+            self._images,
+            known[drawn].numpy(),
+            num_classes=num_classes,
+            epochs=self._config.evaluation.low_shot.finetune_epochs,
+            seed=self._config.seed,
+            device=self._device,
+        )
+        asked = self._images.features(tuned.encoder, heldout_split, self._device).labelled()
+        with torch.no_grad():
+            logits = tuned.classifier(asked.features)
+        return topk_accuracy(logits, asked.labels, (1,))[0]
 
     def _from_images(self, heldout_split: Split) -> dict[str, Any]:
         """Return what the protocols that are asked for need beside features."""

@@ -187,9 +187,12 @@ def _low_shot(subject: Subject) -> JsonObject:
     for name, splits in drawn.items():
         tops = [top1(split) for split in splits]
         scores[name] = {"top1": mean(tops)} | ({"top1_std": pstdev(tops)} if tops[1:] else {})
-    how = {"classifier": "logistic regression, frozen encoder", "num_splits": settings.num_splits}
+    how: JsonObject = {"classifier": "logistic regression, frozen encoder"}
+    how["num_splits"] = settings.num_splits
+    if subject.finetuned:
+        how["finetune_epochs"] = settings.finetune_epochs
     num_images = {name: len(splits[0].labels) for name, splits in drawn.items()}
-    return scores | {SETTINGS: {**how, "num_images": num_images}}
+    return scores | {**subject.finetuned, SETTINGS: {**how, "num_images": num_images}}
 
 
 def _clustering(subject: Subject) -> JsonObject:

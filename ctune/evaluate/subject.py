@@ -1,7 +1,7 @@
 """What is evaluated: features of an encoder, their labels, and predictions made from them."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -11,6 +11,7 @@ from ctune.config import EvaluationConfig
 from ctune.evaluate.classification import Predictions
 from ctune.evaluate.linear_probe import Augmented, LinearProbeResult, linear_probe
 from ctune.evaluate.probe_protocol import recipe_protocol
+from ctune.schema import JsonObject
 from ctune.seeding import make_generator
 
 ONE_SHOT_RATE = 0.1
@@ -63,6 +64,8 @@ class Subject:
     """Features of random views of held-out images."""
     histograms: tuple[Histograms, Histograms] | None = None
     """Colour histograms of training and of held-out images."""
+    finetuned: Mapping[str, JsonObject] = field(default_factory=dict)
+    """Scores of copies of the encoder that were fine-tuned on a share of the images, by name."""
     find_train: Callable[[Collection[str]], Mapping[str, int]] | None = None
     """Rows of the training images of some file names."""
 

@@ -51,6 +51,7 @@ _WORDS = {
     "mean_l1": "L1 of the training images' mean histogram",
     "num_views": "views",
     "queue_size": "rows of the queue",
+    "finetune_epochs": "epochs of fine-tuning",
     "worst_class_accuracy": "accuracy of the worst class",
     "num_rates": "rates",
     "num_bins": "bins",
@@ -112,6 +113,7 @@ _PATTERNS = (
     (r"1_shot", "1 image per class"),
     (r"(\d+)_shot", "{} images per class"),
     (r"([\d.]+)_percent", "{} % of the images"),
+    (r"([\d.]+)_percent_finetuned", "{} % of the images, encoder fine-tuned"),
 )
 
 

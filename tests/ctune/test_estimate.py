@@ -120,6 +120,20 @@ def test_random_views_of_held_out_images_are_decoded_and_encoded() -> None:
     assert viewed["decoding_s"] - plain["decoding_s"] == pytest.approx(10 / 100)
 
 
+def test_fine_tunings_cost_three_encodings_per_image() -> None:
+    asked = {"finetune_shares": [0.1, 0.5], "finetune_epochs": 20}
+    plain, tuned = (
+        estimate(
+            lacvit().model_copy(update={"evaluation": config(evaluation=given).evaluation}),
+            DATA,
+            image_size_px=None,
+            measurement=measurement(),
+        )["duration"]["evaluation_s"]
+        for given in ({}, {"protocols": ["low_shot"], "low_shot": asked})
+    )
+    assert tuned - plain == pytest.approx(2 * 3 * 0.6 * 40 * 20 / 50)
+
+
 def test_several_gpus_share_what_is_encoded() -> None:
     run = lacvit()
     four = run.resources.model_copy(update={"gpus": 4})

@@ -10,6 +10,7 @@ from torch import nn
 from ctune.backbones import build_encoder
 from ctune.child import StopRequest
 from ctune.config import RunConfig
+from ctune.errors import DivergedError
 from ctune.events import EventBase, Warned
 from ctune.features import RunImages
 from ctune.figures_file import FiguresWriter
@@ -106,6 +107,33 @@ def test_a_split_that_does_not_fit_the_data_is_told(
     results = scoring(store, tmp_path, told, protocols=["low_shot"], low_shot=asked).score("before")
     assert results == {}
     assert message in next(event for event in told if isinstance(event, Warned)).message
+
+
+def test_an_encoder_is_fine_tuned_on_a_share(store: Path, tmp_path: Path) -> None:
+    told: list[EventBase] = []
+    asked = {"shots": [], "shares": [0.5], "finetune_shares": [0.5], "finetune_epochs": 2}
+    scores = scoring(store, tmp_path, told, protocols=["low_shot"], low_shot=asked, map=[])
+    results = scores.score("before")
+    assert not [event for event in told if isinstance(event, Warned)]
+    assert set(results["low_shot"]) == {"50_percent", "50_percent_finetuned", "settings"}
+    assert 0 <= results["low_shot"]["50_percent_finetuned"]["top1"] <= 1
+    assert results["low_shot"]["settings"]["finetune_epochs"] == 2
+    assert scores.score("after") == results, "the encoder itself is not touched"
+
+
+def test_a_fine_tuning_that_fails_is_told(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*args: object, **options: object) -> None:
+        raise DivergedError("the loss is not finite")
+
+    monkeypatch.setattr("ctune.scoring.fine_tune", diverge)
+    told: list[EventBase] = []
+    asked = {"shots": [1], "shares": [], "finetune_shares": [0.5]}
+    scores = scoring(store, tmp_path, told, protocols=["low_shot"], low_shot=asked, map=[])
+    assert set(scores.score("before")["low_shot"]) == {"1_shot", "settings"}
+    (message,) = [event.message for event in told if isinstance(event, Warned)]
+    assert message == "low_shot, 50_percent_finetuned could not be measured: the loss is not finite"
 
 
 def test_the_head_of_neighbours_is_scored_with_its_queue(store: Path, tmp_path: Path) -> None:

@@ -86,9 +86,8 @@ def make_schedule(config: TuneConfig, per_epoch: int) -> WarmupCosine:
 
 
 def make_stage(config: TuneConfig, context: RunContext, classifier: nn.Linear) -> Stage:
-    """Return the stage `tune`."""
+    """Return the stage `tune`, which trains what of the encoder takes a gradient."""
     encoder = context.encoder
-    encoder.requires_grad_(True)
     sampler = config.sampler(len(context.train_labels), seed=context.seed)
     schedule = make_schedule(config, steps_per_epoch(sampler, config.accumulate_steps))
     groups = layer_decay_param_groups(
@@ -139,6 +138,7 @@ def build(config: FinetuneConfig, context: RunContext) -> Program:
     if probe is not None:
         return Program(modules, [probe_plan(probe, context, classifier)])
     assert tune is not None, "a config has the stage of its recipe"
+    context.encoder.requires_grad_(True)
     planned = tune.planned(len(context.train_labels))
     start = functools.partial(make_stage, tune, context, classifier)
     return Program(modules, [StagePlan.of(planned, start)])
