@@ -1,10 +1,12 @@
 """Config of the stage `mae`: masked-autoencoder pre-training (mae.md). Never imports torch."""
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ctune.encoders import KnownStart
 from ctune.methods.base_config import PlannedStage
 from ctune.samplers import RandomBatchSampler, steps_per_epoch
 from ctune.schedules import scale_learning_rate
@@ -12,14 +14,36 @@ from ctune.schema import Fraction, JsonObject, PositiveFloat, Schema
 
 Beta = Annotated[float, Field(gt=0, lt=1)]
 
-LONGEST_WARMUP_EPOCHS = 40
-WARMUP_SHARE = 0.05
+LARGEST_BATCH = 1024
+"""Of `auto`: a recipe's larger batch is accumulated."""
+LARGE_WIDTH = 1024
+"""Of ViT-L."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What of the published settings differs between the two code bases (mae.md 3)."""
+
+    batch_size: int
+    """Images per optimizer step, each counted once."""
+    batch_size_huge: int
+    """The same for encoders wider than ViT-L."""
+    num_views: int
+    longest_warmup_epochs: int
+    warmup_share: float
+
+
+RECIPES = {
+    "fb": Recipe(4096, 4096, 1, 40, 0.05),
+    "jku": Recipe(1024, 512, 2, 20, 0.025),
+}
 MAE_SMALL: JsonObject = {
     "decoder_embed_dim": 96,
     "decoder_depth": 2,
     "decoder_num_heads": 3,
     "base_lr": 1e-3,
     "batch_size": 256,
+    "accumulate_steps": 1,
     "epochs": 200,
     "crop_scale_min": 0.5,
     "precision": "fp32",
@@ -30,6 +54,9 @@ MAE_SMALL: JsonObject = {
 class MaePretrainConfig(Schema):
     """Masked-autoencoder pre-training; defaults are the published recipe."""
 
+    recipe: Literal["fb", "jku"] = "fb"
+    """Whose published settings `auto` stands for. `fb`, of facebookresearch/mae: 4,096 images per
+    step, one view. `jku`, of ml-jku/MAE-CT: two views of 1,024 images, 512 above ViT-L."""
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
     """Share of the patches that the encoder does not see."""
     mask_block: Annotated[int, Field(ge=1, le=64)] = 1
@@ -42,8 +69,9 @@ class MaePretrainConfig(Schema):
     """Blocks of the decoder."""
     decoder_num_heads: Annotated[int, Field(ge=1, le=256)] = 16
     """Attention heads of the decoder."""
-    num_views: Annotated[int, Field(ge=1, le=16)] = 1
-    """Crops of each image in a batch, each with its own mask: an image is decoded once for all."""
+    num_views: Annotated[int, Field(ge=1, le=16)] | Literal["auto"] = "auto"
+    """Crops of each image in a batch, each with its own mask: an image is decoded once for all.
+    `auto`: by `recipe`."""
     augment: Literal["rrc_flip", "pad_flip"] = "rrc_flip"
     """`rrc_flip`: random resized crop and flip. `pad_flip`, for images of up to 64 px: the image
     moved by up to 4 pixels, and flip."""
@@ -53,10 +81,12 @@ class MaePretrainConfig(Schema):
     """How a crop is resized."""
     flip_prob: Fraction = 0.5
     """Probability of the mirror image."""
-    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
-    """Images per micro-batch, all GPUs together, each counted once however many views it has."""
-    accumulate_steps: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Micro-batches per optimizer step; as good as a larger batch, for the loss is a mean."""
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] = "auto"
+    """Images per micro-batch, all GPUs together, each counted once however many views it has;
+    `auto`: by `recipe`, at most 1,024."""
+    accumulate_steps: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
+    """Micro-batches per optimizer step; as good as a larger batch, for the loss is a mean. `auto`:
+    so many that the batch of `recipe` is reached."""
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 800
     """Passes over the training split."""
     base_lr: PositiveFloat = 1.5e-4
@@ -67,7 +97,8 @@ class MaePretrainConfig(Schema):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Where the cosine ends."""
     warmup_epochs: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """Epochs in which the learning rate rises linearly; `auto`: a twentieth of all, at most 40."""
+    """Epochs in which the learning rate rises linearly; `auto`: a twentieth of all, at most 40; by
+    the recipe `jku` half of that."""
     schedule_endpoints: Literal["exclusive", "inclusive"] = "exclusive"
     """`inclusive`: the first step has a rate of 0, the last one `min_lr`; `exclusive`: neither."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
@@ -82,8 +113,9 @@ class MaePretrainConfig(Schema):
         warmup, problems = self.warmup_epochs, []
         if warmup != "auto" and warmup > self.epochs:
             problems.append(f"warmup_epochs ({warmup}) must not exceed epochs ({self.epochs})")
-        if self.min_lr > self.peak_lr:
-            problems.append(f"min_lr ({self.min_lr}) must not exceed lr ({self.peak_lr})")
+        lowest_peak = self.lr or self._lr(**self._batch(is_huge=True))
+        if self.min_lr > lowest_peak:
+            problems.append(f"min_lr ({self.min_lr}) must not exceed lr ({lowest_peak})")
         if self.decoder_embed_dim % self.decoder_num_heads:
             problems.append(
                 f"decoder_embed_dim ({self.decoder_embed_dim}) must be a multiple of"
@@ -95,18 +127,37 @@ class MaePretrainConfig(Schema):
 
     @property
     def peak_lr(self) -> float:
-        """Highest learning rate: `lr`, or by the linear scaling rule with all views counted."""
-        if self.lr is not None:
-            return self.lr
-        views = self.batch_size * self.accumulate_steps * self.num_views
-        return scale_learning_rate(self.base_lr, views)
+        """Highest learning rate of a resolved config."""
+        assert self.lr is not None, "the config is resolved"
+        return self.lr
 
-    def settled(self) -> JsonObject:
-        """Return what is `auto` or follows from other fields, with its values."""
-        values: JsonObject = {"lr": self.peak_lr}
-        if self.warmup_epochs == "auto":
-            values["warmup_epochs"] = min(LONGEST_WARMUP_EPOCHS, WARMUP_SHARE * self.epochs)
-        return values
+    def settled(self, start: KnownStart) -> JsonObject:
+        """Return what is `auto` or follows from other fields, with its values.
+
+        An encoder whose width is not known is none wider than ViT-L.
+        """
+        recipe, warmup = RECIPES[self.recipe], self.warmup_epochs
+        if warmup == "auto":
+            warmup = min(recipe.longest_warmup_epochs, recipe.warmup_share * self.epochs)
+        batch = self._batch(is_huge=(start.embed_dim or 0) > LARGE_WIDTH)
+        return {**batch, "lr": self.lr or self._lr(**batch), "warmup_epochs": warmup}
+
+    def _batch(self, *, is_huge: bool) -> dict[str, int]:
+        """Return the sizes of an optimizer step for encoders wider than ViT-L, or the others."""
+        recipe = RECIPES[self.recipe]
+        images = recipe.batch_size_huge if is_huge else recipe.batch_size
+        size, steps, views = self.batch_size, self.accumulate_steps, self.num_views
+        if size == "auto":
+            size = min(images, LARGEST_BATCH)
+        return {
+            "batch_size": size,
+            "accumulate_steps": max(1, images // size) if steps == "auto" else steps,
+            "num_views": recipe.num_views if views == "auto" else views,
+        }
+
+    def _lr(self, *, batch_size: int, accumulate_steps: int, num_views: int) -> float:
+        """Return the learning rate by the linear scaling rule, all views counted."""
+        return scale_learning_rate(self.base_lr, batch_size * accumulate_steps * num_views)
 
     def sampler(self, num_images: int, *, seed: int = 0) -> RandomBatchSampler:
         """Return the batches: whole ones only; what is left over waits for the next epoch.
@@ -114,7 +165,7 @@ class MaePretrainConfig(Schema):
         Raises:
             ValueError: fewer images than one batch.
         """
-        return RandomBatchSampler(num_images, self.batch_size, seed=seed)
+        return RandomBatchSampler(num_images, int(self.batch_size), seed=seed)
 
     def warmup_steps(self, epoch_steps: int) -> int:
         """Return the steps of the warm-up of a resolved config; a started epoch counts in part."""
@@ -123,6 +174,6 @@ class MaePretrainConfig(Schema):
     def planned(self, num_images: int) -> PlannedStage:
         """Return what the stage does with `num_images` training images."""
         sampler = self.sampler(num_images)
-        steps = self.epochs * steps_per_epoch(sampler, self.accumulate_steps)
-        passes = self.epochs * len(sampler) * self.batch_size * self.num_views
+        steps = self.epochs * steps_per_epoch(sampler, int(self.accumulate_steps))
+        passes = self.epochs * len(sampler) * int(self.batch_size) * int(self.num_views)
         return PlannedStage("mae", steps, passes)

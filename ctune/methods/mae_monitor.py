@@ -22,7 +22,7 @@ FEWEST_STEPS = 10
 SHOWN_IMAGES = 4
 RISE = 1.05
 RISEN_LOOKS = 10
-COLUMNS = ("Image", "What the encoder saw", "Reconstruction")
+COLUMNS = ("Image", "Seen", "Filled in")
 
 
 class HeldoutReconstruction(PicturedModule):
@@ -142,8 +142,8 @@ class HeldoutReconstruction(PicturedModule):
         return [
             ImageTable(
                 title="Reconstructions",
-                text=f"Held-out images at the end of stage {self._stage}. Hidden patches are grey;"
-                " visible ones are pasted into the reconstruction.",
+                text=f"Held-out images at the end of stage {self._stage}. The encoder saw the patches"
+                " that are not grey; the decoder has filled in the others.",
                 columns=COLUMNS,
                 images=self.shown.permute(0, 1, 3, 4, 2).cpu().numpy(),
             )

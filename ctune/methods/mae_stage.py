@@ -136,13 +136,13 @@ class MaskedPretraining(Method):
         config = self._config
         shard = batch.shard or Shard(0, len(batch.labels))
         imgs = self._views.views(
-            batch.inputs, batch.sizes_px, generator, num_views=config.num_views, shard=shard
+            batch.inputs, batch.sizes_px, generator, num_views=int(config.num_views), shard=shard
         )
         noise = masking_noise(
             self.autoencoder.grid_size,
             generator,
             num_images=len(batch.labels),
-            num_views=config.num_views,
+            num_views=int(config.num_views),
             block=config.mask_block,
             shard=shard,
         )
@@ -258,7 +258,7 @@ def make_monitor(
     """
     if context.heldout_images is None:
         return None
-    pixels = context.heldout_images(min(MONITORED_IMAGES, config.batch_size))
+    pixels = context.heldout_images(min(MONITORED_IMAGES, int(config.batch_size)))
     noise = masking_noise(
         grid_size,
         make_generator(context.seed, planned.name, "held-out"),
@@ -323,7 +323,7 @@ def mae_plan(
             epochs=config.epochs,
             optimizer=make_optimizer("adamw", groups, lr=config.peak_lr, betas=config.betas),
             lr_at=mae_learning_rate(config, planned.total_steps),
-            accumulate_steps=config.accumulate_steps,
+            accumulate_steps=int(config.accumulate_steps),
             autocast_dtype=autocast_dtype(config.precision, context.device),
         )
 

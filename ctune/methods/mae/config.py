@@ -36,8 +36,8 @@ class MaeConfig(MethodConfigBase):
         return self.normalization
 
     def settled(self, start: KnownStart, summary: DatasetSummary | None) -> JsonObject:
-        """Return learning rate and warm-up where they are automatic."""
-        return {"mae": self.mae.settled()}
+        """Return batches, learning rate and warm-up where they are automatic."""
+        return {"mae": self.mae.settled(start)}
 
     def plan(self, summary: DatasetSummary) -> list[PlannedStage]:
         """Return the one stage."""
@@ -46,5 +46,5 @@ class MaeConfig(MethodConfigBase):
     def check_data(self, summary: DatasetSummary) -> list[Fault]:
         """Return what the data set lacks: a whole batch of images."""
         images = summary.splits.get("train", 0)
-        fault = batch_fault("/mae/batch_size", self.mae.batch_size, images)
+        fault = batch_fault("/mae/batch_size", int(self.mae.batch_size), images)
         return super().check_data(summary) + fault

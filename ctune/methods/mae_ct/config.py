@@ -147,8 +147,8 @@ class MaeCTConfig(MethodConfigBase):
         return {
             "pool": pool,
             "batch_size": batch_size,
-            "mae": self.mae.settled(),
-            "combined": self.combined.settled(),
+            "mae": self.mae.settled(start),
+            "combined": self.combined.settled(start),
             "head": head,
             "contrastive_tuning": self._settled_tuning(
                 column, start.depth, summary, batch_size=batch_size, queue_size=head["queue_size"]
@@ -260,7 +260,7 @@ class MaeCTConfig(MethodConfigBase):
         faults = super().check_data(summary)
         images = summary.splits.get("train", 0)
         if "mae" in self.stages:
-            faults += batch_fault("/mae/batch_size", self.mae.batch_size, images)
+            faults += batch_fault("/mae/batch_size", int(self.mae.batch_size), images)
         for pointer, batch_size in self.contrast_batches.items():
             faults += batch_fault(pointer, batch_size, images)
         for name, stage in self.head_stages.items():

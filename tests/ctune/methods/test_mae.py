@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ctune.augment import Shard
 from ctune.backbones import Encoder, build_encoder
 from ctune.config import RunConfig, check, resolve
-from ctune.encoders import TimmEncoder
+from ctune.encoders import KnownStart, TimmEncoder
 from ctune.errors import ConfigError
 from ctune.events import Metrics, Warned
 from ctune.export import export_model
@@ -32,22 +32,61 @@ from tests.ctune.test_export import EVALUATION, PROVENANCE, images
 from tests.squares import tiny_config
 
 
-def settled(**mae: Any) -> MaePretrainConfig:
-    config = RunConfig.model_validate(tiny_config("mae") | {"method": {"name": "mae", "mae": mae}})
-    method = resolve(config).method
-    assert isinstance(method, MaeConfig)
-    return method.mae
+def settled(method: dict[str, Any] | None = None, **mae: Any) -> MaePretrainConfig:
+    given = {"name": "mae", "mae": mae, **(method or {})}
+    config = RunConfig.model_validate(tiny_config("mae") | {"method": given})
+    resolved = resolve(config).method
+    assert isinstance(resolved, MaeConfig)
+    return resolved.mae
 
 
 def test_presets_are_the_published_recipe_and_the_small_one() -> None:
     paper = MaeConfig(preset="paper").mae
-    assert (paper.mask_ratio, paper.norm_pix_loss, paper.batch_size) == (0.75, True, 1024)
+    assert (paper.mask_ratio, paper.norm_pix_loss, paper.recipe) == (0.75, True, "fb")
     assert (paper.decoder_embed_dim, paper.decoder_depth, paper.decoder_num_heads) == (512, 8, 16)
     assert (paper.base_lr, paper.epochs, paper.crop_scale_min) == (1.5e-4, 800, 0.2)
-    assert paper.settled() == {"lr": 1.5e-4 * 4, "warmup_epochs": 40}
+    assert (paper.weight_decay, paper.betas, paper.min_lr) == (0.05, (0.9, 0.95), 0)
     small = MaeConfig().mae
     assert (small.decoder_embed_dim, small.decoder_depth, small.decoder_num_heads) == (96, 2, 3)
-    assert small.settled() == {"lr": 1e-3, "warmup_epochs": 10}
+    batch = {"batch_size": 256, "accumulate_steps": 1, "num_views": 1}
+    assert small.settled(KnownStart(False)) == {"lr": 1e-3, "warmup_epochs": 10, **batch}
+
+
+B, L, H = "vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "batch", "lr", "warmup"),
+    [
+        *(("fb", name, (1024, 4, 1), 2.4e-3, 40) for name in (B, L, H)),
+        *(("jku", name, (1024, 1, 2), 1.2e-3, 20) for name in (B, L)),
+        ("jku", H, (512, 1, 2), 6e-4, 20),
+    ],
+)
+def test_the_recipes_have_their_batch_and_rate_for_each_size_of_encoder(
+    recipe: str, name: str, batch: tuple[int, int, int], lr: float, warmup: float
+) -> None:
+    """The effective rates are those of mae.md 3."""
+    given = {
+        "encoder": {"source": "timm", "name": name, "pretrained": False},
+        "method": {"name": "mae", "preset": "paper", "mae": {"recipe": recipe}},
+    }
+    method = resolve(RunConfig.model_validate(given)).method
+    assert isinstance(method, MaeConfig)
+    mae = method.mae
+    assert (mae.batch_size, mae.accumulate_steps, mae.num_views) == batch
+    assert mae.lr == pytest.approx(lr) and mae.warmup_epochs == warmup
+
+
+def test_what_is_given_wins_and_smaller_batches_are_accumulated() -> None:
+    paper = {"preset": "paper"}
+    assert settled(paper, batch_size=512).accumulate_steps == 8
+    assert settled(paper, batch_size=512, recipe="jku").accumulate_steps == 2
+    mine = settled(paper, batch_size=512, accumulate_steps=1, num_views=3, warmup_epochs=7)
+    assert (mine.accumulate_steps, mine.num_views, mine.warmup_epochs) == (1, 3, 7)
+    assert mine.lr == pytest.approx(1.5e-4 * 6)
+    assert settled(paper, epochs=100).warmup_epochs == 5
+    assert settled(paper, epochs=100, recipe="jku").warmup_epochs == 2.5
 
 
 def test_every_view_counts_in_the_learning_rate() -> None:
@@ -62,6 +101,7 @@ def test_every_view_counts_in_the_learning_rate() -> None:
         ({"mask_ratio": 1.0}, "less than 1"),
         ({"epochs": 2, "warmup_epochs": 3}, "must not exceed epochs"),
         ({"lr": 0.1, "min_lr": 0.2}, "must not exceed lr"),
+        ({"base_lr": 1e-4, "batch_size": 256, "min_lr": 2e-4}, r"must not exceed lr \(0.0001\)"),
         ({"decoder_embed_dim": 96, "decoder_num_heads": 5}, "a multiple of decoder_num_heads"),
         ({"decoder_embed_dim": 90}, "multiple of 4"),
     ],
@@ -121,7 +161,7 @@ def encoder(pool: EncoderPool = "cls", name: str = "vit_tiny_patch16_224", **mor
 
 
 def test_views_crop_and_flip_alone() -> None:
-    view = make_mae_views(MaeConfig().mae, encoder()).config
+    view = make_mae_views(settled(), encoder()).config
     assert (view.scale, view.interpolation, view.pad_px) == ((0.5, 1), "bicubic", None)
     assert (view.jitter_prob, view.blur_prob, view.flip_prob) == (0, 0, 0.5)
     moved = make_mae_views(settled(augment="pad_flip", flip_prob=0.0), encoder()).config
