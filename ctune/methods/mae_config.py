@@ -146,9 +146,8 @@ class MaePretrainConfig(Schema):
         """Return the sizes of an optimizer step for encoders wider than ViT-L, or the others."""
         recipe = RECIPES[self.recipe]
         images = recipe.batch_size_huge if is_huge else recipe.batch_size
-        size, steps, views = self.batch_size, self.accumulate_steps, self.num_views
-        if size == "auto":
-            size = min(images, LARGEST_BATCH)
+        size = min(images, LARGEST_BATCH) if self.batch_size == "auto" else self.batch_size
+        steps, views = self.accumulate_steps, self.num_views
         return {
             "batch_size": size,
             "accumulate_steps": max(1, images // size) if steps == "auto" else steps,

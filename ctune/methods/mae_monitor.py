@@ -142,8 +142,8 @@ class HeldoutReconstruction(PicturedModule):
         return [
             ImageTable(
                 title="Reconstructions",
-                text=f"Held-out images at the end of stage {self._stage}. The encoder saw the patches"
-                " that are not grey; the decoder has filled in the others.",
+                text=f"Held-out images at the end of stage {self._stage}. The encoder saw what"
+                " is not grey; the decoder has filled in the rest.",
                 columns=COLUMNS,
                 images=self.shown.permute(0, 1, 3, 4, 2).cpu().numpy(),
             )
