@@ -51,6 +51,11 @@ class NearestNeighborQueue(nn.Module):
         """Return Q."""
         return len(self.features)
 
+    def forget_images(self) -> None:
+        """Keep the vectors alone: labels and ids are those of another data set."""
+        self.labels.fill_(-1)
+        self.ids.fill_(-1)
+
     @torch.no_grad()
     def enqueue(self, features: Tensor, labels: Tensor, ids: Tensor) -> None:
         """Replace the oldest rows by those of the global batch, in the order of its images.

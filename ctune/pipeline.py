@@ -220,6 +220,8 @@ class Run:
             world=self._world,
             heldout_images=self._heldout_images if self._summary.heldout_split else None,
             encoder_is_mae=self._encoder.is_mae or self._starts_from in ("mae", "mae_ct"),
+            has_start_data=(self._start or {}).get("provenance", {}).get("data_sha256")
+            == self._store.manifest.archive_sha256,
             start_head=self._start_head,
         )
         program: Program = module.build(method, context)

@@ -176,6 +176,8 @@ class RunContext:
     [n, 3, s, s], the same ones each time. Not to be trained on. None: nothing is held out."""
     encoder_is_mae: bool = False
     """Whether the encoder is known to be that of a masked autoencoder."""
+    has_start_data: bool = True
+    """Whether the training images are those of the job that made the encoder."""
     start_head: Callable[[str], dict[str, Tensor] | None] = lambda name: None
     """Tensors on the CPU of a head (`model_dir.HEADS`) of the model that the encoder comes from;
     None where there is none. Raises EncoderError ``model_damaged``."""

@@ -36,6 +36,8 @@ def make_head(config: MaeCTConfig, context: RunContext) -> NNCLRHead:
         trained = context.start_head(HEAD)
         if trained is not None:
             _load(head, trained)
+            if not context.has_start_data:
+                head.queue.forget_images()
         elif not config.allow_random_head:
             raise ConfigError(
                 "the model that the run starts from has no head to go on with",
