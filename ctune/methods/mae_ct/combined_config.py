@@ -1,7 +1,7 @@
 """Config of the stage `combined`: reconstruction and neighbours at once. Never imports torch."""
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,9 @@ class CombinedConfig(MaePretrainConfig):
     published baseline that MAE-CT is better than. The optimizer's settings hold for the head too.
     """
 
+    recipe: Literal["fb", "jku"] = "jku"
+    """Whose published warm-up `auto` stands for: `fb`, of facebookresearch/mae, or `jku`, of
+    ml-jku/MAE-CT, half as long."""
     num_views: Annotated[int, Field(ge=2, le=2)] = 2
     """Crops of each image in a batch, each with its own mask; the head compares the two."""
     batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 1024

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from ctune.encoders import KnownStart
 from ctune.events import Metrics
 from ctune.methods.base import Batch, Program, Stage, StepOutput
 from ctune.methods.mae_config import MaePretrainConfig
@@ -44,7 +45,8 @@ class CombinedBench(Bench):
 
     def __init__(self, store: Path, cache_dir: Path, *, pool: str = "cls", **changes: Any) -> None:
         super().__init__("mae", store, cache_dir, {"pool": pool})
-        self.settings = CombinedConfig(**TINY | changes)
+        given = CombinedConfig(**TINY | changes)
+        self.settings = given.model_copy(update=given.settled(KnownStart(pretrained=False)))
         seed_everything(1, "nnclr_head")
         self.head = NNCLRHead(
             self.encoder.embed_dim, proj_hidden_dim=16, pred_hidden_dim=16, out_dim=8, queue_size=24
@@ -72,11 +74,13 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 
 
 def test_the_settings_are_those_of_mae_with_two_views() -> None:
-    config, mae = CombinedConfig(), MaePretrainConfig(num_views=2)
+    config, mae = CombinedConfig(), MaePretrainConfig(recipe="jku")
+    start = KnownStart(pretrained=False)
+    assert config.settled(start) == mae.settled(start)
     added = {"nnclr_weight", "detach_head"}
-    assert config.model_dump(exclude=added) == mae.model_dump()
+    differing = mae.settled(start).keys() | added
+    assert config.model_dump(exclude=differing) == mae.model_dump(exclude=differing)
     assert (config.nnclr_weight, config.detach_head) == (1e-3, False)
-    assert config.peak_lr == 1.5e-4 * 8
     planned = CombinedConfig(batch_size=10, epochs=3).planned(48)
     assert (planned.name, planned.total_steps, planned.image_passes) == ("combined", 12, 240)
 
