@@ -40,6 +40,7 @@ SCORES = {
     "5-shot": "low_shot.5_shot.top1",
     "cluster accuracy": "clustering.accuracy",
     "NMI": "clustering.nmi",
+    "head's k-NN": "nnclr_head.knn_top1",
 }
 """Column of a table to the path of its score in `result["evaluation"]["after"]`."""
 
@@ -57,10 +58,14 @@ class Size:
     """timm encoder that is pre-trained from random weights."""
     mae: JsonObject
     """Stage `mae` on top of the preset `small`."""
+    mae_ct: JsonObject
+    """Method `mae_ct`, likewise: what its stages with neighbours share."""
+    head_init: JsonObject
+    """Stage of that name."""
     tuning: JsonObject
-    """Block of the method `mae_ct` on top of the preset `small`."""
-    combined_epochs: int
-    """Epochs of two views that make as many encoder passes as the sequence of stages."""
+    """Stage `contrastive_tuning`."""
+    combined: JsonObject
+    """Stage `combined`, with as many encoder passes as the three stages above."""
     supervised_epochs: int
     """Epochs of one view; even, for two views have half of them."""
 
@@ -79,12 +84,14 @@ def vit(**options: int) -> JsonObject:
 SIZES = {
     "cpu": Size(
         train_per_class=1000,
-        labelled_per_class=200,
+        labelled_per_class=100,
         test_per_class=1000,
         encoder=vit(embed_dim=128, depth=6, num_heads=4),
         mae={"epochs": 50, "batch_size": 128, "base_lr": 2e-3},
-        tuning={"head_init": {"epochs": 5}, "contrastive_tuning": {"epochs": 5}},
-        combined_epochs=35,
+        mae_ct={"batch_size": 256, "crop_scale_min": 0.2},
+        head_init={"epochs": 5},
+        tuning={"epochs": 5},
+        combined={"epochs": 35, "batch_size": 128, "base_lr": 1e-3},
         supervised_epochs=24,
     ),
     "cuda": Size(
@@ -93,8 +100,10 @@ SIZES = {
         test_per_class=1000,
         encoder=vit(embed_dim=384, depth=12, num_heads=6),
         mae={"epochs": 400, "batch_size": 1024, "base_lr": 3e-4, "precision": "bf16"},
-        tuning={"head_init": {"epochs": 20}, "contrastive_tuning": {"epochs": 40}},
-        combined_epochs=260,
+        mae_ct={"batch_size": 512, "crop_scale_min": 0.2, "precision": "bf16"},
+        head_init={"epochs": 20},
+        tuning={"epochs": 40},
+        combined={"epochs": 260, "batch_size": 512, "base_lr": 3e-4, "precision": "bf16"},
         supervised_epochs=100,
     ),
 }
@@ -188,16 +197,18 @@ def hardware(device: str) -> str:
     return f"{torch.cuda.get_device_name() if device == 'cuda' else cores} · {versions}"
 
 
-def score(result: JsonObject, path: str) -> float:
-    """Return one score of the encoder after a run."""
+def score(result: JsonObject, path: str) -> float | None:
+    """Return one score of the encoder after a run, None where it was not measured."""
     value: Any = result["evaluation"]["after"]
     for name in path.split("."):
-        value = value[name]
-    return float(value)
+        value = (value or {}).get(name)
+    return None if value is None else float(value)
 
 
 def with_interval(values: Sequence[float]) -> str:
     """Return mean and half width of the 95 % interval of Student's t; one value stands alone."""
+    if not values:
+        return ""
     mean = f"{statistics.fmean(values):.3f}"
     if len(values) == 1:
         return mean
@@ -207,7 +218,8 @@ def with_interval(values: Sequence[float]) -> str:
 
 def scores_row(results: Sequence[JsonObject], paths: Iterable[str]) -> list[str]:
     """Return the cells of one way of training: its scores over the seeds."""
-    return [with_interval([score(result, path) for result in results]) for path in paths]
+    scores = [[score(result, path) for result in results] for path in paths]
+    return [with_interval([value for value in row if value is not None]) for row in scores]
 
 
 def cost_row(results: Sequence[JsonObject]) -> list[str]:

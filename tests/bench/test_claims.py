@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.claims import lacvit, mae_start
+from bench.claims import combined, lacvit, mae_ct, mae_start, top_k
 from bench.claims.runs import SIZES, Bench, parse, vit, with_interval
 from tests.squares import SIDE_PX, write_archive
 
@@ -20,6 +20,10 @@ SIZE = replace(
     test_per_class=6,
     encoder=vit(embed_dim=24, depth=2, num_heads=2) | {"image_size_px": SIDE_PX},
     mae={"epochs": 1, "batch_size": 12},
+    mae_ct={"batch_size": 12, "head": {"queue_size": 24}},
+    head_init={"epochs": 1},
+    tuning={"epochs": 1},
+    combined={"epochs": 1, "batch_size": 12},
     supervised_epochs=2,
 )
 
@@ -52,6 +56,30 @@ def test_the_start_is_made_once(bench: Bench, capsys: pytest.CaptureFixture[str]
     assert models == again and len(models) == 1
 
 
+def test_mae_ct(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    mae_ct.main(bench)
+    output = capsys.readouterr().out
+    assert titles(output) == ["MAE", "`head_init`", "MAE-CT"]
+    heads = [line.split(" | ")[-3] for line in output.splitlines()[2:]]
+    assert [bool(head) for head in heads] == [False, True, True]
+
+
+def test_top_k(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(top_k, "KS", (1, 3))
+    top_k.main(bench)
+    assert titles(capsys.readouterr().out) == ["MAE", "k 1", "k 3"]
+
+
+def test_combined(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    combined.main(bench)
+    output = capsys.readouterr().out
+    assert titles(output) == ["MAE", "MAE, then MAE-CT", "combined"]
+    passes = [line.split(" | ")[-2] for line in output.splitlines()[2:]]
+    assert passes == ["72", "360", "144"]
+
+
 def test_lacvit(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     lacvit.main(bench)
     output = capsys.readouterr().out
@@ -69,5 +97,6 @@ def test_the_command_line(
 
 
 def test_the_interval_is_that_of_student() -> None:
+    assert with_interval([]) == ""
     assert with_interval([0.5]) == "0.500"
     assert with_interval([0.4, 0.5, 0.6]) == "0.500 ± 0.248"  # 4.303 · 0.1 / √3
