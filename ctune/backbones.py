@@ -131,6 +131,8 @@ def build_encoder(
     _check_patches(_probe(source), size_px)
     backbone = source.create(**_drop_path_kwargs(source, drop_path))
     if (weights := source.weights) is not None:
+        if config.pos_embed_resize == "recompute":
+            weights = mae_checkpoint.recompute_positions(weights, backbone)
         if source.is_mae:
             weights = mae_checkpoint.fit_encoder_state_dict(weights, backbone)
         load_weights(backbone, weights, cfg=source.cfg, pooling_switched=switched)

@@ -30,6 +30,13 @@ LOADER_OPTIONS = frozenset(
 CONSENT = "Only the operator may allow them: setting allow_noncommercial_weights."
 
 ImageSize = Annotated[int, Field(ge=8, le=4096)]
+PositionResize = Annotated[
+    Literal["interpolate", "recompute"],
+    Field(
+        description="Positions of trained weights at another size. `recompute`: the sines and"
+        " cosines of that size, where the weights' are such a table, as a masked autoencoder's are."
+    ),
+]
 
 
 class TimmEncoder(Schema):
@@ -42,6 +49,7 @@ class TimmEncoder(Schema):
     """Load the published weights; false starts from random weights."""
     image_size_px: ImageSize | None = None
     """Side of the square input; null for the encoder's own."""
+    pos_embed_resize: PositionResize = "interpolate"
     options: JsonObject = {}
     """The architecture's keyword arguments: `{"patch_size": 4, "depth": 6}`."""
 
@@ -57,6 +65,7 @@ class FileEncoder(Schema):
     """timm architecture of the weights; not needed for a directory exported by ctune."""
     image_size_px: ImageSize | None = None
     """Side of the square input; null for the encoder's own."""
+    pos_embed_resize: PositionResize = "interpolate"
     options: JsonObject = {}
     """The architecture's keyword arguments."""
 
@@ -69,6 +78,7 @@ class ModelEncoder(Schema):
     """Model id, `mdl_…`."""
     image_size_px: ImageSize | None = None
     """Side of the square input; null for the model's own."""
+    pos_embed_resize: PositionResize = "interpolate"
 
 
 EncoderConfig = Annotated[TimmEncoder | FileEncoder | ModelEncoder, Field(discriminator="source")]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ctune.errors import CheckpointFormatError, EncoderError
-from ctune.position_embedding import get_2d_sincos_pos_embed, resize_pos_embed
+from ctune.position_embedding import is_fixed_table, recompute_pos_embed, resize_pos_embed
 from ctune.weights import FIRST_LAYER
 
 NESTS = ("model", "state_dict")
@@ -24,8 +24,8 @@ OFFICIAL_LICENCE = "cc-by-nc-4.0"
 """Of the weights of facebookresearch/mae; those of MAE-CT came without one."""
 PUBLISHED_SIZES = frozenset({(768, 12, 16), (1024, 24, 16), (1280, 32, 16), (1280, 32, 14)})
 """Width, depth and patch side of the encoders of both authors."""
-TABLE_TOLERANCE = 1e-2
-"""Covers weights that were stored in bfloat16."""
+CHECK_NAME = "check the architecture's name and options against the checkpoint"
+INTERPOLATE = "leave the encoder's pos_embed_resize at 'interpolate'"
 BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
@@ -39,13 +39,10 @@ def is_published_state_dict(weights: Mapping[str, Tensor]) -> bool:
         return {"mask_token", "cls_token"} <= weights.keys()
     if not {FIRST_LAYER, "cls_token", "pos_embed", "norm.weight"} <= weights.keys():
         return False
-    kernels, positions = weights[FIRST_LAYER], weights["pos_embed"][0]
-    width, patch = len(kernels), kernels.shape[-1]
-    grid = math.isqrt(len(positions))
-    if (width, _depth(weights), patch) not in PUBLISHED_SIZES or len(positions) != 1 + grid**2:
+    kernels, positions = weights[FIRST_LAYER], weights["pos_embed"]
+    if (len(kernels), _depth(weights), kernels.shape[-1]) not in PUBLISHED_SIZES:
         return False
-    table = torch.from_numpy(get_2d_sincos_pos_embed(width, (grid, grid), cls_token=True))
-    return torch.allclose(positions.to(table), table, rtol=0, atol=TABLE_TOLERANCE)
+    return _is_square(positions.shape[1] - 1) and is_fixed_table(positions)
 
 
 def checkpoint_licence(checkpoint: Mapping[str, Any]) -> str:
@@ -104,6 +101,24 @@ def fit_encoder_state_dict(weights: Mapping[str, Tensor], backbone: nn.Module) -
     return {**weights, "pos_embed": resize_pos_embed(weights["pos_embed"], grid)}
 
 
+def recompute_positions(weights: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """Return weights whose fixed position table is that of the grid of a timm ViT.
+
+    Raises:
+        EncoderError: ``weights_mismatch``: no square table, here or there, or a trained one.
+    """
+    wanted, found = backbone.state_dict().get("pos_embed"), weights.get("pos_embed")
+    if wanted is None or found is None:
+        raise _mismatch("pos_embed_resize 'recompute' needs a table of positions", INTERPOLATE)
+    grid = math.isqrt(wanted.shape[1])
+    num_prefix_tokens = wanted.shape[1] - grid * grid
+    try:
+        table = recompute_pos_embed(found, grid, num_prefix_tokens=num_prefix_tokens)
+    except ValueError as error:
+        raise _mismatch(str(error), INTERPOLATE) from error
+    return {**weights, "pos_embed": table}
+
+
 def _with_class_row(positions: Tensor) -> Tensor:
     rows = positions.shape[1]
     with_class, without = _is_square(rows - 1), _is_square(rows)
@@ -135,9 +150,5 @@ def _listed(mapping: Mapping[str, Any], most: int = 20) -> str:
     return (", ".join(names[:most]) or "nothing") + more
 
 
-def _mismatch(said: str) -> EncoderError:
-    return EncoderError(
-        f"the weights do not fit: {said}",
-        hint="check the architecture's name and options against the checkpoint",
-        code="weights_mismatch",
-    )
+def _mismatch(said: str, hint: str = CHECK_NAME) -> EncoderError:
+    return EncoderError(f"the weights do not fit: {said}", hint=hint, code="weights_mismatch")

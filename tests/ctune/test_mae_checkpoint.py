@@ -223,6 +223,37 @@ def test_an_encoder_without_its_decoder_needs_consent_as_safetensors_too(
     assert load(tmp_path / "mae.safetensors").licence == "cc-by-nc-4.0"
 
 
+@pytest.mark.parametrize("name", ["mae.pth", "own.safetensors"])
+def test_a_fixed_table_can_be_recomputed_at_another_size(tmp_path: Path, name: str) -> None:
+    weights = official_encoder() | {"pos_embed": fixed_positions(24, 4)}
+    path = tmp_path / name
+    if name == "mae.pth":
+        torch.save({"model": weights}, path)
+    else:
+        save_file(weights, path)
+    resized = load(path, image_size_px=24).backbone.state_dict()
+    encoder = load(path, image_size_px=24, pos_embed_resize="recompute")
+    loaded = encoder.backbone.state_dict()
+    assert torch.equal(loaded["pos_embed"], fixed_positions(24, 6))
+    assert not torch.allclose(resized["pos_embed"], loaded["pos_embed"], atol=0.05)
+    others = loaded.keys() - {"pos_embed"}
+    assert all(torch.equal(loaded[key], weights[key]) for key in others)
+
+
+def test_trained_positions_are_not_recomputed(tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match="they were trained") as caught:
+        load(saved(tmp_path, FORMS["encoder"]), pos_embed_resize="recompute")
+    assert caught.value.error_code == "weights_mismatch" and "interpolate" in caught.value.hint
+    save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "cnn.safetensors")
+    with pytest.raises(EncoderError, match="a table of positions"):
+        load(
+            tmp_path / "cnn.safetensors",
+            name="resnet18",
+            options={},
+            pos_embed_resize="recompute",
+        )
+
+
 @pytest.mark.parametrize("licence", [None, "mit", "cc-by-nc-4.0"])
 def test_weights_of_ctune_say_their_licence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, licence: str | None

@@ -3,7 +3,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ctune.position_embedding import get_2d_sincos_pos_embed, resize_pos_embed
+from ctune.position_embedding import (
+    get_2d_sincos_pos_embed,
+    is_fixed_table,
+    recompute_pos_embed,
+    resize_pos_embed,
+)
 
 
 def test_the_first_half_tells_the_column_and_the_second_the_row() -> None:
@@ -56,3 +61,36 @@ def test_the_same_grid_stays_as_it_is_and_half_types_stay_half() -> None:
 def test_a_table_of_no_square_grid_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="a square number"):
         resize_pos_embed(torch.zeros(shape), 2)
+
+
+def fixed(width: int, grid: int) -> torch.Tensor:
+    return torch.from_numpy(get_2d_sincos_pos_embed(width, grid, cls_token=True)).float()[None]
+
+
+@pytest.mark.parametrize("grid", [1, 3, 6])
+def test_a_fixed_table_is_recomputed_for_another_grid(grid: int) -> None:
+    table = fixed(8, 4)
+    table[:, 0] = 7  # a class token's position stays
+    recomputed = recompute_pos_embed(table, grid)
+    assert torch.equal(recomputed[:, 1:], fixed(8, grid)[:, 1:])
+    assert torch.equal(recomputed[:, 0], table[:, 0])
+    assert recompute_pos_embed(table.bfloat16(), grid).dtype == torch.bfloat16
+    if grid > 1:
+        assert not torch.allclose(recomputed, resize_pos_embed(table, grid), atol=0.05)
+
+
+def test_only_a_fixed_table_is_one() -> None:
+    assert is_fixed_table(fixed(8, 4)) and is_fixed_table(fixed(8, 4).bfloat16())
+    assert is_fixed_table(fixed(8, 4)[:, 1:], num_prefix_tokens=0)
+    swapped = fixed(8, 4)[..., [4, 5, 6, 7, 0, 1, 2, 3]]  # rows first
+    for trained in (
+        fixed(8, 4) + 0.05,
+        swapped,
+        resize_pos_embed(fixed(8, 4), 3),
+        fixed(8, 4)[..., :6],
+    ):
+        assert not is_fixed_table(trained)
+        with pytest.raises(ValueError, match="they were trained"):
+            recompute_pos_embed(trained, 4)
+    with pytest.raises(ValueError, match="a square number"):
+        recompute_pos_embed(torch.zeros(1, 9, 4), 2)
