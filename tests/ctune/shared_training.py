@@ -39,6 +39,18 @@ from tests.ctune.methods.test_contract import Bench
 from tests.squares import tiny_config
 
 CACHED = {"grad_cache": True, "micro_batch_size": 4}
+TUNING = {
+    "stages": ["contrastive_tuning"],
+    "allow_random_head": True,
+    "contrastive_tuning": {"epochs": 1},
+}
+COMBINED = {
+    "epochs": 1,
+    "batch_size": 12,
+    "decoder_embed_dim": 16,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+}
 CASES: dict[str, tuple[str, JsonObject]] = {
     "supcon": ("lacvit", {"contrastive": {"epochs": 1}}),
     "supcon, cached": ("lacvit", {"contrastive": {"epochs": 1, **CACHED}}),
@@ -50,6 +62,10 @@ CASES: dict[str, tuple[str, JsonObject]] = {
     "simclr": ("simclr", {"epochs": 1, "optimizer": "sgd"}),
     "simclr, cached": ("simclr", {"epochs": 1, "optimizer": "sgd", **CACHED}),
     "mae": ("mae", {"mae": {"epochs": 1, "batch_size": 9, "num_views": 2}}),
+    "head_init": ("mae_ct", {"stages": ["head_init"], "head_init": {"epochs": 1}}),
+    "contrastive_tuning": ("mae_ct", TUNING),
+    "contrastive_tuning, cached": ("mae_ct", {**TUNING, **CACHED}),
+    "combined": ("mae_ct", {"stages": ["combined"], "combined": COMBINED}),
     # Batches of 9, and the last of 3: shares of 4 and 5 rows, of 1 and 2.
     "finetune": ("finetune", {"tune": {"epochs": 1, "batch_size": 9}}),
     "probe": ("linear_probe", {"probe": {"epochs": 1, "batch_size": 9, "augment": "rrc_flip"}}),
@@ -82,7 +98,7 @@ def train(case: str, store: Path, folder: Path, world: World) -> JsonObject:
     stage = plan.start()
     found = gradients(stage, world)
     fit(stage, name=plan.name, seed=1, start_step=0, hooks=bench.hooks(lambda step: None))
-    told = [event.values["loss"] for event in bench.told if isinstance(event, Metrics)]
+    told = [e.values["loss"] for e in bench.told if isinstance(e, Metrics) and "loss" in e.values]
     weights = {name: tensor.clone() for name, tensor in bench.program.modules.state_dict().items()}
     return {"losses": torch.tensor(told), "weights": weights, **found}
 
