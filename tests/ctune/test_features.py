@@ -61,3 +61,19 @@ def test_random_views_are_of_the_rows_asked_for(
     in_parts = images.random_views(encoder, CPU, seed=0)(torch.arange(9), 0)
     torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-5)
     assert len(torch.unique(whole.round(decimals=3), dim=0)) == 9
+
+
+def test_random_views_are_of_the_split_and_of_the_kind_asked_for(
+    images: RunImages, encoder: Encoder
+) -> None:
+    rows = torch.arange(4)
+    held = images.random_views(encoder, CPU, seed=0, split="test")
+    byol = images.random_views(encoder, CPU, seed=0, split="test", preset="byol")
+    train = images.random_views(encoder, CPU, seed=0)
+    assert torch.equal(
+        held(rows, 1), images.random_views(encoder, CPU, seed=0, split="test")(rows, 1)
+    )
+    for other in (train(rows, 1), byol(rows, 1)):
+        assert not torch.allclose(held(rows, 1), other)
+    with pytest.raises(IndexError):
+        held(torch.tensor([18]), 0)
