@@ -65,17 +65,19 @@ def start_warnings(
 
 def advise(before: JsonObject | None, after: JsonObject) -> list[Warned]:
     """Return what the scores before and after tuning call for."""
-    was = (before or {}).get("knn", {}).get("top1")
+    knn = (before or {}).get("knn", {})
+    was = knn.get("top1")
     if was is None:
         return []
     found = []
+    nearest = knn.get("k1", knn)["top1"]  # the head has one neighbour vote
     head = after.get("nnclr_head", {}).get("knn_top1")
-    if head is not None and head <= was:
+    if head is not None and head <= nearest:
         found.append(
             Warned(
                 code="head_not_informative",
                 message=f"the head's neighbours name the class no more often ({head:.3f}) than the"
-                f" untuned encoder's ({was:.3f}): tuning towards them does not help",
+                f" untuned encoder's ({nearest:.3f}): tuning towards them does not help",
                 hint="train head_init longer, raise its head_base_lr or the batch size",
             )
         )

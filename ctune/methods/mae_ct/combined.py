@@ -136,17 +136,16 @@ class CombinedPretraining(Method):
         )
 
     def _contrast(self, vectors: Tensor, batch: Batch, generator: torch.Generator) -> NNCLRStep:
-        """Return the head's loss of the global batch [B, 2, D], in float32."""
+        """Return the head's loss of the global batch [B, 2, D]."""
         ids = torch.from_numpy(batch.positions).to(batch.labels)
         labels, ids = self._world.gather(torch.stack((batch.labels, ids), dim=1)).unbind(dim=1)
-        with torch.autocast(vectors.device.type, enabled=False):
-            return self.head.training_loss(
-                vectors.float().unbind(dim=1),
-                ids,
-                labels if self._has_labels else None,
-                settings=SETTINGS,
-                generator=generator,
-            )
+        return self.head.training_loss(
+            vectors.unbind(dim=1),
+            ids,
+            labels if self._has_labels else None,
+            settings=SETTINGS,
+            generator=generator,
+        )
 
     def after_step(self, step: int) -> Sequence[EventBase]:
         """Return the warnings that the last steps call for."""

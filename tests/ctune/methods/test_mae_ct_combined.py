@@ -26,7 +26,7 @@ from ctune.schema import JsonObject
 from ctune.seeding import seed_everything
 from ctune.train import fit
 from ctune.unit_length import unit_length
-from tests.ctune.methods.test_contract import Bench
+from tests.ctune.methods.test_contract import Bench, same
 
 TINY: JsonObject = {
     "epochs": 3,
@@ -150,6 +150,16 @@ def test_the_head_sees_the_pooled_visible_patches_of_each_view(
     assert bench.head.queue.labels[:12].tolist() == batch.labels.tolist()
 
 
+def test_in_half_precision_both_losses_are_exact(store: Path, tmp_path: Path) -> None:
+    exact = CombinedBench(store, tmp_path / "exact").step()[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = CombinedBench(store, tmp_path / "half").step()[1]
+    for name in ("mae_loss", "nnclr_loss"):
+        assert half.metrics[name].dtype == torch.float32
+        torch.testing.assert_close(half.metrics[name], exact.metrics[name], rtol=0.05, atol=0)
+        assert not torch.equal(half.metrics[name], exact.metrics[name]), "autocast was on"
+
+
 def test_unlabelled_images_have_no_accuracy(store: Path, tmp_path: Path) -> None:
     bench = CombinedBench(store, tmp_path)
     assert "nn_accuracy" in bench.step()[1].metrics
@@ -186,7 +196,7 @@ def test_it_learns_and_goes_on_bit_for_bit(store: Path, tmp_path: Path) -> None:
     fit(resumed, name=plan.name, seed=1, start_step=7, hooks=again.hooks(lambda step: None))
     expected, found = whole.program.modules.state_dict(), again.program.modules.state_dict()
     for name, value in expected.items():
-        assert torch.equal(value.nan_to_num(), found[name].nan_to_num()), name
+        assert same(value, found[name]), name
     still = {n for n, p in whole.program.modules.named_parameters() if torch.equal(p, start[n])}
     frozen = {"encoder.backbone.pos_embed", "mae_decoder.pos_embed"}
     assert {name for name in still if "target_projector" not in name} == frozen
