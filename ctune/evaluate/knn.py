@@ -114,19 +114,20 @@ def knn_scores(
     test_labels: Tensor,
     *,
     ks: Sequence[int] = (20,),
-    temperature: float = 0.07,
-    weighting: Weighting = "distance",
+    temperature: float | None = 0.07,
     standardize: bool = False,
 ) -> dict[int, KNNScores]:
     """Score ``knn_classify`` for several k; the neighbours are looked up once.
 
-    Args and errors as ``knn_classify``; ``test_labels`` [M] integers from 0 may hold classes that
-    the train set lacks, which count as wrong.
+    Args and errors as ``knn_classify``, with temperature None for uniform votes; ``test_labels``
+    [M] integers from 0 may hold classes that the train set lacks, which count as wrong.
     """
     train, labels = _check_train(train_features, train_labels, None)
     y = check_labels(test_labels, len(test_features), "test_labels").to(labels.device)
     if len(y) and int(y.min()) < 0:
         raise ValueError(f"test_labels holds {int(y.min())}; classes are counted from 0")
+    weighting: Weighting = "distance" if temperature is not None else "uniform"
+    temperature = 1.0 if temperature is None else temperature
     _check_vote(temperature, weighting)
     _check_k(min(ks), len(train))
     similarity, neighbors = nearest_neighbors(

@@ -90,6 +90,8 @@ def _knn(subject: Subject) -> JsonObject:
     wanted = [config.knn_k, *config.knn_further_k]
     ks = sorted({min(k, len(known.labels)) for k in wanted})
     main = min(config.knn_k, len(known.labels))
+    uniform = config.knn_weighting == "uniform"
+    temperature = None if uniform else config.knn_temperature
 
     def score(standardize: bool) -> JsonObject:
         found = knn_scores(
@@ -98,8 +100,7 @@ def _knn(subject: Subject) -> JsonObject:
             asked.features,
             asked.labels,
             ks=ks,
-            temperature=config.knn_temperature,
-            weighting=config.knn_weighting,
+            temperature=temperature,
             standardize=standardize,
         )
         further = {f"k{k}": {"top1": one.top1} for k, one in found.items() if k != main}
@@ -108,9 +109,7 @@ def _knn(subject: Subject) -> JsonObject:
     scores = score(False)
     if config.knn_standardized:
         scores["standardized"] = score(True)
-    how: JsonObject = {"temperature": config.knn_temperature}
-    if config.knn_weighting == "uniform":
-        how = {"weighting": "uniform"}
+    how = {"weighting": "uniform"} if uniform else {"temperature": temperature}
     return scores | {SETTINGS: {"k": main, **how}}
 
 
