@@ -27,6 +27,8 @@ class UniformLoss:
     """Within this share of the uniform value below it, or above it."""
     margin: float = 0.0
     """Or within this difference."""
+    above: bool = True
+    """Also however far above it; else no further above than below."""
     from_step: float = 0.0
     steps: int = COLLAPSE_STEPS
     """One after the other, all after `from_step`."""
@@ -100,7 +102,9 @@ class CollapseWatch(nn.Module):
             torch.where(std < 0.1 / math.sqrt(dim), self.low_std_batches + 1, 0)
         )
         lowest = uniform_loss * (1 - self._uniform.share) - self._uniform.margin
-        self.uniform_batches.copy_(torch.where(loss >= lowest, self.uniform_batches + 1, 0))
+        highest = math.inf if self._uniform.above else 2 * uniform_loss - lowest
+        near = (loss >= lowest) & (loss <= highest)
+        self.uniform_batches.copy_(torch.where(near, self.uniform_batches + 1, 0))
         metrics = {self._metric: std}
         if labels is not None:
             same_class = (labels[:, None] == labels).sum(dim=1)  # no `unique`: it waits for the GPU

@@ -72,13 +72,13 @@ def advise(before: JsonObject | None, after: JsonObject) -> list[Warned]:
     found = []
     nearest = knn.get("k1", knn)["top1"]  # the head has one neighbour vote
     head = after.get("nnclr_head", {}).get("knn_top1")
-    if head is not None and head <= nearest:
+    if head is not None and head <= nearest and head < 1:
         found.append(
             Warned(
                 code="head_not_informative",
                 message=f"the head's neighbours name the class no more often ({head:.3f}) than the"
                 f" untuned encoder's ({nearest:.3f}): tuning towards them does not help",
-                hint="train head_init longer, raise its head_base_lr or the batch size",
+                hint="train the head longer, with a higher learning rate or a larger batch",
             )
         )
     now = after.get("knn", {}).get("top1")

@@ -164,9 +164,10 @@ def make_collapse_watch(*, warmup_steps: int, steps_per_epoch: int) -> CollapseW
     """Return the watch for vectors that are all alike: they hardly spread, or the loss is ln N.
 
     To be given the vectors that are looked up [B, 2, o] and the loss of that value (mae_ct.md 7).
+    A new head, whose queue is noise, has a higher loss: that is no collapse.
     """
     return CollapseWatch(
-        uniform=UniformLoss(share=0.01, from_step=warmup_steps),
+        uniform=UniformLoss(share=0.01, above=False, from_step=warmup_steps),
         steps_per_epoch=steps_per_epoch,
         warmup_epochs=0,
         hint="lower head_base_lr, or raise the batch size",

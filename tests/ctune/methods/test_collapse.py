@@ -77,6 +77,8 @@ def test_a_loss_that_stays_at_its_uniform_value_is_a_collapse() -> None:
     assert told_at(rule, [below] * 90) == []
     assert told_at(rule, [*[near] * 65, *[below] * 25]) == [], "at the start it may be"
     assert told_at(rule, [*[near] * 40, below, *[near] * 49]) == [], "it passes by"
+    assert told_at(UniformLoss(share=0.01, above=False, from_step=20), [above] * 90) == []
+    assert told_at(UniformLoss(share=0.01, above=False), [1.005 * UNIFORM] * 90) == [49]
     late = UniformLoss(share=0.01, from_step=25)
     assert told_at(late, [near] * 90) == [79], "checked every ten steps"
 

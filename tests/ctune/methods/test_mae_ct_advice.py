@@ -46,6 +46,7 @@ def scores(knn: float, head: float | None = None) -> dict[str, Any]:
         (scores(0.5), scores(0.4, 0.3), ["head_not_informative", "no_gain"]),
         ({"knn": {"top1": 0.5, "k1": {"top1": 0.4}}}, scores(0.6, 0.45), []),
         ({"knn": {"top1": 0.5, "k1": {"top1": 0.6}}}, scores(0.6, 0.6), ["head_not_informative"]),
+        (scores(1.0), scores(1.0, 1.0), []),
         (scores(0.5), scores(0.6), []),
         (None, scores(0.1, 0.1), []),
         ({}, {}, []),

@@ -174,9 +174,9 @@ def test_a_resumed_watch_goes_on_bit_for_bit() -> None:
 
 
 def test_vectors_that_are_alike_and_a_loss_of_nothing_learned_are_a_collapse() -> None:
-    alike = make_collapse_watch(warmup_steps=20, steps_per_epoch=10)
-    high = make_collapse_watch(warmup_steps=20, steps_per_epoch=10)
-    low = make_collapse_watch(warmup_steps=20, steps_per_epoch=10)
+    alike, high, low, new = (
+        make_collapse_watch(warmup_steps=20, steps_per_epoch=10) for _ in range(4)
+    )
     module = torch.nn.Linear(1, 1)
     various = torch.randn(8, 2, 16, generator=torch.Generator().manual_seed(0))
     codes: list[tuple[int, str, str]] = []
@@ -186,6 +186,7 @@ def test_vectors_that_are_alike_and_a_loss_of_nothing_learned_are_a_collapse() -
             ("alike", alike, torch.ones(8, 2, 16) + 0.01 * various, 0.5),
             ("high", high, various, 0.995 * uniform),
             ("low", low, various, 0.985 * uniform),
+            ("new", new, various, 1.015 * uniform),
         ):
             watch.observe(z, None, loss=torch.tensor(loss), uniform_loss=uniform)
             codes += [(number, name, w.code) for w in watch.warnings(number, module)]
