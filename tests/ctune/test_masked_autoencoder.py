@@ -190,6 +190,10 @@ def test_values_that_cannot_be_are_refused() -> None:
         model()(images(), 0.0)
     with pytest.raises(ValueError, match=r"\(3, 16, 12\)"):
         model()(images()[..., :12], 0.75)
+    with pytest.raises(ValueError, match=r"\(1, 16, 16\)"):
+        model()(images()[:, :1], 0.75)
+    with pytest.raises(ValueError, match="leaves none of 16 patches"):
+        model()(images(), 0.95)
     odd = MaskedAutoencoder(vit(embed_dim=18), 12, decoder_depth=1, decoder_num_heads=3)
     with pytest.raises(ValueError, match="multiple of 4"):
         odd.initialise_encoder()

@@ -93,6 +93,10 @@ def test_a_perfect_prediction_has_no_loss_and_visible_patches_do_not_count() -> 
         loss = mae_reconstruction_loss(imgs, pred, mask, 4, norm_pix_loss=norm)
         (gradient,) = torch.autograd.grad(loss, pred)
         assert torch.equal(gradient.abs().sum(dim=2) > 0, mask == 1)
+        alone = mae_reconstruction_loss(
+            imgs.clone().requires_grad_(), pred.detach(), mask, 4, norm_pix_loss=norm
+        )
+        assert not alone.requires_grad, "nothing flows into the images"
 
 
 @pytest.mark.parametrize("patch_size", [4, 16])

@@ -121,6 +121,8 @@ def test_fewer_images_than_a_batch_are_refused() -> None:
         height_px=(16, 16),
         split_origin="given",
     )
+    with pytest.raises(ValueError, match="12"):
+        settled(batch_size=12).planned(11)
     (fault,) = check(RunConfig.model_validate(tiny_config("mae")), summary)
     assert (fault.pointer, fault.code) == ("/method/mae/batch_size", "batch_larger_than_data")
 
@@ -222,10 +224,18 @@ def test_only_an_encoder_from_scratch_is_started_anew(store: Path, tmp_path: Pat
     assert all(torch.equal(v, given[k]) for k, v in made.encoder.state_dict().items())
 
 
+def test_a_mask_that_hides_nothing_is_named(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="hides none of 4") as caught:
+        bench(store, tmp_path, mask_ratio=1e-12)
+    assert "mask_ratio" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [
         (lambda: encoder("auto", name="resnet18"), "ResNet is no plain vision transformer"),
+        (lambda: encoder(reg_tokens=1), "no register tokens"),
+        (lambda: encoder(embed_dim=26), "multiple of 4"),
         (lambda: encoder("mean"), "must normalise its tokens"),
         (lambda: encoder(patch_size=16), "leaves none of 1 patches"),
     ],

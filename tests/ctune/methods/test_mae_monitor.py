@@ -1,6 +1,7 @@
 """Looks at held-out images: the same ones under the same masks, and what their loss says."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from ctune.child import StopRequest, StopRequested
 from ctune.events import EventBase, Metrics, Warned
 from ctune.figures_file import read_figures
 from ctune.masked_autoencoder import MaskedAutoencoder
-from ctune.methods.mae.config import MaeConfig
-from ctune.methods.mae.method import build
+from ctune.methods.base import RunContext
 from ctune.methods.mae_monitor import RISEN_LOOKS, HeldoutReconstruction
 from ctune.patches import patchify
 from ctune.preprocess import Preprocessing
+from ctune.train import fit
 from tests.ctune.methods.test_contract import Bench
 from tests.ctune.methods.test_mae import encoder
 from tests.ctune.test_early_end import run
@@ -165,21 +167,44 @@ def test_half_precision_on_the_cpu_is_close() -> None:
     assert found[0] != found[1] and found[1] == pytest.approx(found[0], rel=0.02)
 
 
-def test_without_held_out_images_nothing_is_looked_at(store: Path, tmp_path: Path) -> None:
-    bench = Bench("mae", store, tmp_path)
-    assert "mae_monitor" in bench.program.modules
-    context = bench.context()
-    context.heldout_images = None
-    assert isinstance(bench.config.method, MaeConfig)
-    assert "mae_monitor" not in build(bench.config.method, context).modules
+class Unseen(Bench):
+    """A data set in which nothing is held out."""
+
+    def context(self) -> RunContext:
+        return replace(super().context(), heldout_images=None)
 
 
-def test_a_run_tells_it_and_leaves_pictures(store: Path, tmp_path: Path) -> None:
-    run_dir = prepare(tmp_path / "a1", store, tiny_config("mae"))
-    run(run_dir)
-    steps = [step for stage, name, step in series(run_dir) if (stage, name) == ("mae", "val_loss")]
+def test_without_held_out_images_the_weights_are_the_same(store: Path, tmp_path: Path) -> None:
+    weights = []
+    for bench in (Bench("mae", store, tmp_path / "a"), Unseen("mae", store, tmp_path / "b")):
+        plan = bench.program.plans[0]
+        fit(plan.start(), name="mae", seed=1, start_step=0, hooks=bench.hooks(lambda step: None))
+        weights.append(bench.program.modules.state_dict())
+    watched, alone = weights
+    assert watched.keys() - alone.keys() == {
+        f"mae_monitor.{name}" for name in ("best_loss", "train_loss_at_best", "risen", "shown")
+    }
+    assert all(torch.equal(watched[name], value) for name, value in alone.items())
+
+
+def test_a_run_leaves_pictures_and_a_resumed_one_the_same(store: Path, tmp_path: Path) -> None:
+    whole = prepare(tmp_path / "whole", store, tiny_config("mae"))
+    run(whole)
+    steps = [step for stage, name, step in series(whole) if (stage, name) == ("mae", "val_loss")]
     assert steps == [9, 11]
-    figures = read_figures(run_dir.figures)
-    assert figures is not None
+    figures = read_figures(whole.figures)
+    assert figures is not None and figures.after is not None
     (table,) = figures.tables
-    assert np.shape(table.rows) == (4, 3) and figures.after is not None
+    assert np.shape(table.rows) == (4, 3)
+
+    def stop_midway(event: EventBase, stop: StopRequest) -> None:
+        if isinstance(event, Metrics) and "loss" in event.values and event.step == 9:
+            stop.request("asked to stop")
+
+    first = prepare(tmp_path / "a1", store, tiny_config("mae"))
+    with pytest.raises(StopRequested):
+        run(first, stop_midway)
+    second = prepare(tmp_path / "a2", store, tiny_config("mae"), (first.root,))
+    run(second)
+    assert series(first, second) == series(whole)
+    assert second.figures.read_bytes() == whole.figures.read_bytes()
