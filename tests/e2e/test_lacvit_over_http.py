@@ -7,19 +7,15 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psycopg
 import pytest
 
 from ctune.client import Client
 from ctune.client_http import ConflictError, InvalidRequestError, NotFoundError, UnsuccessfulError
 from tests.e2e.running import Running, clean_environment, until
-from tests.servers import Server
 from tests.squares import CLASSES, noisy_square, tiny_config, write_archive
 
 pytestmark = pytest.mark.timeout(600)
@@ -37,29 +33,6 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     path = tmp_path_factory.mktemp("archive") / "squares.zip"
     return write_archive(path, train_per_class=12, others=others)
-
-
-@pytest.fixture(params=["embedded", "servers"], scope="module")
-def service(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
-    """A running service, once for each kind of database and broker."""
-    environment = {}
-    if request.param == "servers":
-        postgres: Server = request.getfixturevalue("postgres_server")
-        broker: Server = request.getfixturevalue("redis_server")
-        with closing(psycopg.connect(postgres.url, autocommit=True)) as connection:
-            connection.execute("CREATE DATABASE over_http TEMPLATE template0")
-        url = postgres.url.replace("postgresql:", "postgresql+psycopg:")
-        url = url.removesuffix("/postgres") + "/over_http"
-        environment = {"CTUNE_DATABASE_URL": url, "CTUNE_BROKER_URL": broker.url}
-    made = Running(tmp_path_factory.mktemp("up") / "data", environment)
-    try:
-        yield made.wait_ready()
-        assert made.stop() == 0, made.log()
-        assert "Traceback" not in made.log(), made.log()
-    finally:
-        made.discard()
 
 
 def job_on(dataset: str, **changes: Any) -> dict[str, Any]:
