@@ -65,7 +65,8 @@ CASES: dict[str, tuple[str, JsonObject]] = {
     "head_init": ("mae_ct", {"stages": ["head_init"], "head_init": {"epochs": 1}}),
     "contrastive_tuning": ("mae_ct", TUNING),
     "contrastive_tuning, cached": ("mae_ct", {**TUNING, **CACHED}),
-    "combined": ("mae_ct", {"stages": ["combined"], "combined": COMBINED}),
+    # At the published weight of 1e-3 the contrast would hardly show in the encoder's gradients.
+    "combined": ("mae_ct", {"stages": ["combined"], "combined": COMBINED | {"nnclr_weight": 0.5}}),
     # Batches of 9, and the last of 3: shares of 4 and 5 rows, of 1 and 2.
     "finetune": ("finetune", {"tune": {"epochs": 1, "batch_size": 9}}),
     "probe": ("linear_probe", {"probe": {"epochs": 1, "batch_size": 9, "augment": "rrc_flip"}}),

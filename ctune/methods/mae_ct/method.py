@@ -89,18 +89,23 @@ def build(config: MaeCTConfig, context: RunContext) -> Program:
 
     def final_advice(before: JsonObject | None, after: JsonObject) -> list[Warned]:
         tuned = change.warnings(context) if "feature_change" in modules else []
-        return advise(before, after) + tuned
+        # A run that pre-trains has not scored the masked autoencoder that the head should better.
+        return tuned if _pretrains(config) else advise(before, after) + tuned
 
     return Program(
         nn.ModuleDict(modules), plans, _start_warnings(config, context), advise=final_advice
     )
 
 
+def _pretrains(config: MaeCTConfig) -> bool:
+    return bool({"mae", "combined"} & {*config.stages})
+
+
 def _start_warnings(config: MaeCTConfig, context: RunContext) -> list[Warned]:
     if not config.trains_head:
         return []
     found = start_warnings(
-        encoder_is_mae=bool({"mae", "combined"} & {*config.stages}) or context.encoder_is_mae,
+        encoder_is_mae=_pretrains(config) or context.encoder_is_mae,
         queue_size=int(config.head.queue_size),
         num_images=len(context.train_labels),
         temperatures={name: float(stage.temperature) for name, stage in config.head_stages.items()},

@@ -44,7 +44,7 @@ from ctune.optim import (
 )
 from ctune.pooling import pool_tokens
 from ctune.schedules import WarmupCosine, warmup_steps
-from ctune.seeding import make_generator
+from ctune.seeding import make_generator, seed_everything
 from ctune.view_presets import byol, mae_minimal
 
 PatchPool = Literal["cls", "mean"]
@@ -202,6 +202,7 @@ class HeadStages:
                 lr=peak_lr(stage.head_base_lr, self._batch_size),
             )
             if self.config.head.queue_init == "prefill":
+                seed_everything(self.context.seed, "prefill")
                 self.head.prefill(self._pooled_batches(method, started))
             return started
 
