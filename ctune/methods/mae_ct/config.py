@@ -20,11 +20,12 @@ from ctune.methods.contrastive_config import (
     grad_cache_problems,
     refuse_accumulation,
 )
-from ctune.methods.mae_config import MAE_SMALL, MaePretrainConfig
+from ctune.methods.mae_config import MAE_SMALL
 from ctune.methods.mae_ct.combined_config import CombinedConfig
 from ctune.methods.mae_ct.stage_config import (
     HeadConfig,
     HeadInitConfig,
+    PretrainingConfig,
     TuningConfig,
     averaging_momentum,
 )
@@ -47,7 +48,7 @@ class MaeCTConfig(MethodConfigBase):
 
     DESCRIPTION: ClassVar[str] = "MAE-CT: contrastive tuning of a masked autoencoder, no labels"
     SMALL: ClassVar[JsonObject] = {
-        "mae": MAE_SMALL,
+        "mae": {"recipe": "fb", **MAE_SMALL},
         "combined": MAE_SMALL,
         "crop_scale_min": 0.2,
         "batch_size": 256,
@@ -85,7 +86,7 @@ class MaeCTConfig(MethodConfigBase):
     precision: Literal["fp32", "bf16"] = "bf16"
     """Autocast type of encoder and head in these stages on a GPU; similarities and loss are always
     float32."""
-    mae: MaePretrainConfig = MaePretrainConfig()
+    mae: PretrainingConfig = PretrainingConfig()
     """Stage 1."""
     head: HeadConfig = HeadConfig()
     """The head of stages 2 and 3."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ctune.methods.mae_config import Beta
+from ctune.methods.mae_config import Beta, MaePretrainConfig
 from ctune.schedules import scale_learning_rate
 from ctune.schema import Fraction, PositiveFloat, Schema
 
@@ -13,6 +13,13 @@ NUM_VIEWS = 2
 Momentum = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0)]
 Width = Annotated[int, Field(ge=1, le=65536)]
+
+
+class PretrainingConfig(MaePretrainConfig):
+    """Stage 1: the masked autoencoder."""
+
+    recipe: Literal["fb", "jku"] = "jku"
+    """As in `mae`; that of MAE-CT's own encoders."""
 
 
 class HeadConfig(Schema):
