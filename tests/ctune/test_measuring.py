@@ -10,6 +10,7 @@ import torch
 
 from ctune import measuring
 from ctune.child import StopRequest
+from ctune.config import RunConfig, resolve
 from ctune.estimate import Measurement
 from ctune.events import EventWriter
 from ctune.measuring import (
@@ -43,7 +44,7 @@ def test_every_stage_is_measured(name: str, store: Path, tmp_path: Path) -> None
     config = tiny_config(name)
     found = run(store, tmp_path, config)
     summary = PackedStore(store).manifest.summary
-    planned = METHOD_CONFIGS[name].model_validate(config["method"]).plan(summary)
+    planned = resolve(RunConfig.model_validate(config), summary).method.plan(summary)
     assert [stage.name for stage in found.stages] == [stage.name for stage in planned]
     paces = [found.start_s, found.decode_images_per_s, found.encode_images_per_s]
     for value in [*paces, *(stage.step_s for stage in found.stages)]:

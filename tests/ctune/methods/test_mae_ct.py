@@ -85,6 +85,7 @@ def test_published_settings_by_size(augmentation: str, size: str) -> None:
     ) == COLUMNS[augmentation, size]
     assert (init.epochs, init.temperature, init.top_k, init.head_base_lr) == (20, 0.15, 1, 1e-4)
     assert found.head.queue_size == 65536
+    assert (found.mae.num_views, MaeCTConfig().mae.recipe) == (2, "fb")
     assert tuning.ema_momentum == pytest.approx(0.9999, abs=3e-5)
     assert (tuning.base_lr, tuning.layer_decay) == (1e-4, 0.65)
 
