@@ -20,6 +20,7 @@ from ctune.losses.n_pair import n_pair_loss
 from ctune.pooling import pool_tokens
 from ctune.samplers import ClassBalancedBatchSampler, expected_cross_image_positive_fraction
 from tests.conformance import (
+    adapters_attention,
     adapters_evaluation,
     adapters_mae,
     adapters_nnclr,
@@ -193,6 +194,7 @@ ADAPTERS: dict[tuple[str, str], Adapter] = {
     ("lacvit", "class_cosine_similarity"): _class_cosine_similarity,
     ("lacvit", "expected_cross_image_positive_fraction"): _expected_cross_image_positive_fraction,
     ("lacvit", "ClassBalancedBatchSampler"): _class_balanced_batch_sampler,
+    **adapters_attention.ADAPTERS,
     **adapters_evaluation.ADAPTERS,
     **adapters_mae.ADAPTERS,
     **adapters_nnclr.ADAPTERS,
