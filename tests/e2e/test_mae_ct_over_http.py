@@ -6,6 +6,7 @@ Once on the embedded set-up, once on Postgres and Redis.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,7 +15,8 @@ from ctune.client import Client
 from ctune.client_http import InvalidRequestError
 from ctune.schema import JsonObject
 from tests.e2e.running import Running
-from tests.squares import tiny_config, write_archive
+from tests.e2e.test_lacvit_over_http import check_vectors
+from tests.squares import noisy_square, tiny_config, write_archive
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -49,6 +51,8 @@ def test_a_job_per_stage_and_one_for_all(service: Running, tmp_path: Path) -> No
         assert third["config"]["method"]["head"]["out_dim"] == 16, "as it was trained"
         whole = run_job(client, job_on(dataset, "mae_ct"))
         compare_models(client, third, whole, tmp_path)
+        images = [noisy_square(n, np.random.default_rng(n)) for n in range(3)]
+        check_vectors(client, whole["result"]["model"], tmp_path / "whole", images)
         check_report(client, whole)
 
 
