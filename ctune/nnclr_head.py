@@ -281,6 +281,11 @@ class NNCLRHead(nn.Module):
                 "more than top_k"
             )
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has seen a batch; a run that ended early may leave a head as it was made."""
+        return bool(self.get_buffer("predictor.1.num_batches_tracked") > 0)
+
     def restart_target(self) -> None:
         """Make the target projector a copy of the projector, as `contrastive_tuning` starts."""
         self.update_target(0.0)

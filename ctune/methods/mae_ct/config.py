@@ -23,6 +23,7 @@ from ctune.methods.contrastive_config import (
 from ctune.methods.mae_config import MAE_SMALL
 from ctune.methods.mae_ct.combined_config import CombinedConfig
 from ctune.methods.mae_ct.stage_config import (
+    NUM_VIEWS,
     HeadConfig,
     HeadInitConfig,
     PretrainingConfig,
@@ -33,7 +34,6 @@ from ctune.methods.mae_ct.table import PUBLISHED, SMALL, Augmentation, Column, e
 from ctune.samplers import RandomBatchSampler
 from ctune.schema import Fault, JsonObject
 
-NUM_VIEWS = 2
 HEAD = "nnclr_head"
 """Under this name a model keeps the head."""
 
@@ -260,8 +260,8 @@ class MaeCTConfig(MethodConfigBase):
         """Return what the data set lacks: whole batches, neighbours, for an oracle labels."""
         faults = super().check_data(summary)
         images = summary.splits.get("train", 0)
-        if "mae" in self.stages:
-            faults += batch_fault("/mae/batch_size", int(self.mae.batch_size), images)
+        if "mae" in self.stages and self.mae.batch_size != "auto":
+            faults += batch_fault("/mae/batch_size", self.mae.batch_size, images)
         for pointer, batch_size in self.contrast_batches.items():
             faults += batch_fault(pointer, batch_size, images)
         for name, stage in self.head_stages.items():
@@ -304,7 +304,8 @@ class MaeCTConfig(MethodConfigBase):
             return []
         problems = [
             f"head.queue_size ({size}) must be a multiple of{pointer.replace('/', ' ')} ({batch}),"
-            f" such as {max(1, size // batch) * batch}: whole batches replace the oldest rows"
+            f" such as {max(1, size // batch) * batch}: whole batches replace the oldest rows. A"
+            " trained head keeps its queue_size, so fit the batch to it"
             for pointer, batch in self.contrast_batches.items()
             if size % batch
         ]

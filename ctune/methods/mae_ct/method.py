@@ -20,7 +20,8 @@ def make_head(config: MaeCTConfig, context: RunContext) -> NNCLRHead:
     """Return the head on the run's device: that of the start model where the run continues it.
 
     Raises:
-        ConfigError: there is none, and none may be started; it does not fit the config.
+        ConfigError: there is none that was trained, and none may be started; it does not fit the
+            config.
         EncoderError: ``model_damaged``: its file is.
     """
     seed_everything(context.seed, HEAD)
@@ -38,9 +39,9 @@ def make_head(config: MaeCTConfig, context: RunContext) -> NNCLRHead:
             _load(head, trained)
             if not context.has_start_data:
                 head.queue.forget_images()
-        elif not config.allow_random_head:
+        if not (head.is_trained or config.allow_random_head):
             raise ConfigError(
-                "the model that the run starts from has no head to go on with",
+                "the model that the run starts from has no trained head to go on with",
                 hint="add 'head_init' to stages, or set allow_random_head",
             )
     return head.to(context.device)

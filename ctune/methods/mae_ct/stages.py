@@ -32,8 +32,8 @@ from ctune.methods.base_config import PlannedStage
 from ctune.methods.collapse import CollapseWatch
 from ctune.methods.contrastive import ContrastiveLoss, ContrastiveMethod, Embedding, Images
 from ctune.methods.mae_ct.advice import FeatureChange
-from ctune.methods.mae_ct.config import NUM_VIEWS, HeadStageName, MaeCTConfig
-from ctune.methods.mae_ct.stage_config import HeadInitConfig, TuningConfig, peak_lr
+from ctune.methods.mae_ct.config import HeadStageName, MaeCTConfig
+from ctune.methods.mae_ct.stage_config import NUM_VIEWS, HeadInitConfig, TuningConfig, peak_lr
 from ctune.methods.mae_ct.watch import NeighborWatch, make_collapse_watch
 from ctune.nnclr_head import NNCLRHead, NNCLRSettings, PooledBatch
 from ctune.optim import (
@@ -42,6 +42,7 @@ from ctune.optim import (
     make_optimizer,
     trainable_parameter_mask,
 )
+from ctune.patches import num_visible
 from ctune.pooling import pool_tokens
 from ctune.schedules import WarmupCosine, warmup_steps
 from ctune.seeding import make_generator, seed_everything
@@ -54,12 +55,13 @@ class VisiblePatches(nn.Module):
     """An encoder that sees part of the patches, drawn anew at each call by torch's generator.
 
     Raises:
-        ValueError: the encoder is none that this fits, as `check_encoder`.
+        ValueError: the encoder is none that this fits, as `check_encoder`; no patch would be left.
     """
 
     def __init__(self, encoder: Encoder, mask_ratio: float, *, pool: PatchPool) -> None:
         super().__init__()
         self.backbone = check_encoder(encoder.backbone)
+        num_visible(self.backbone.patch_embed.num_patches, mask_ratio)
         self._mask_ratio = mask_ratio
         self._pool = pool
 
@@ -184,16 +186,19 @@ class HeadStages:
     head: NNCLRHead
 
     def plan_head_init(self) -> tuple[StagePlan, dict[str, nn.Module]]:
-        """Return the stage `head_init`, and what the program must hold for it."""
+        """Return the stage `head_init`, and what the program must hold for it.
+
+        Raises:
+            ConfigError: as `_masked`.
+        """
         stage, encoder = self.config.head_init, self.context.encoder
+        seen = self._masked(stage, encoder)
         planned = self._planned("head_init")
         watches = self._watches(stage, planned)
 
         def start() -> Stage:
             encoder.requires_grad_(False)
-            method = HeadTraining(
-                **self._parts(stage, encoder), **watches, frozen=[encoder], config=stage
-            )
+            method = HeadTraining(**self._parts(seen), **watches, frozen=[encoder], config=stage)
             started = self._stage(
                 stage,
                 method,
@@ -216,10 +221,11 @@ class HeadStages:
             change: notes the encoder's vectors at the start.
 
         Raises:
-            ConfigError: there are no more blocks than those to be frozen.
+            ConfigError: there are no more blocks than those to be frozen; as `_masked`.
         """
         stage, average = self.config.contrastive_tuning, self.context.encoder
         online = copy_accelerated(average)
+        seen = self._masked(stage, online)
         frozen = freeze_lower_blocks(online, stage)
         planned = self._planned("contrastive_tuning")
         watches = self._watches(stage, planned)
@@ -231,7 +237,7 @@ class HeadStages:
                 self.head.restart_target()
                 change.remember(self.context)
             method = Tuning(
-                **self._parts(stage, online),
+                **self._parts(seen),
                 **watches,
                 frozen=[*frozen, average],
                 online=online,
@@ -278,15 +284,29 @@ class HeadStages:
         watches = {"watch": collapse, "neighbors": neighbors}
         return {name: watch.to(self.context.device) for name, watch in watches.items()}
 
-    def _parts(self, stage: HeadInitConfig | TuningConfig, encoder: Encoder) -> dict[str, Any]:
+    def _masked(self, stage: HeadInitConfig | TuningConfig, encoder: Encoder) -> nn.Module:
+        """Return the encoder as the stage lets it see images.
+
+        Raises:
+            ConfigError: its patches cannot be dropped, or all of them would be.
+        """
+        if stage.mask_ratio == 0:
+            return encoder
+        pool: PatchPool = "cls" if self.config.pool == "cls" else "mean"
+        try:
+            return VisiblePatches(encoder, stage.mask_ratio, pool=pool)
+        except ValueError as error:
+            raise ConfigError(
+                f"{encoder.architecture} cannot see a part of the patches: {error}",
+                hint="lower mask_ratio, or set it to 0 where the encoder is no plain vision"
+                " transformer",
+            ) from error
+
+    def _parts(self, encoder: nn.Module) -> dict[str, Any]:
         """Return what the methods of both stages are made of."""
         config, context = self.config, self.context
         return {
-            "encoder": encoder
-            if stage.mask_ratio == 0
-            else VisiblePatches(
-                encoder, stage.mask_ratio, pool="cls" if config.pool == "cls" else "mean"
-            ),
+            "encoder": encoder,
             "embedding": Embedding(
                 make_views(config, context.encoder),
                 num_views=NUM_VIEWS,
@@ -333,7 +353,7 @@ class HeadStages:
 
     @torch.no_grad()
     def _pooled_batches(self, method: HeadTraining, stage: Stage) -> Iterator[PooledBatch]:
-        """Yield the first views of batches of epochs that come before the first."""
+        """Yield the first views of the batches that the stage begins with."""
         world, generator = self.context.world, make_generator(self.context.seed, "prefill")
         for epoch in itertools.count():
             for positions in stage.sampler.batches(epoch):

@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 
 import ctune
+from ctune.backbones import build_encoder
 from ctune.config import RunConfig, check, resolve
 from ctune.encoders import KnownStart
 from ctune.errors import ConfigError
@@ -160,6 +161,11 @@ def test_faults_of_the_data_are_told_at_once() -> None:
         "/method/contrastive_tuning/variant labels_needed",
     ]
     assert faults({}, summary(100)) == []
+
+
+def test_parts_of_a_request_are_checked_before_what_is_automatic_is_known() -> None:
+    config = MaeCTConfig.model_validate({"preset": "paper"})
+    assert (config.mae.batch_size, config.check_data(summary(100))) == ("auto", [])
 
 
 def model_info(**method: Any) -> JsonObject:
@@ -345,6 +351,24 @@ def test_a_prefilled_queue_has_images_before_the_first_step(store: Path, tmp_pat
     assert changed(before, head.queue) == set(), "a resumed run leaves it as it is"
 
 
+@pytest.mark.parametrize(
+    ("encoder", "mask_ratio", "said"),
+    [({"reg_tokens": 1}, 0.5, "no register tokens"), ({}, 0.9, "leaves none of 4 patches")],
+)
+@pytest.mark.parametrize("stage", ["head_init", "contrastive_tuning"])
+def test_a_mask_that_does_not_fit_is_refused_before_any_stage(
+    encoder: JsonObject, mask_ratio: float, said: str, stage: str, store: Path, tmp_path: Path
+) -> None:
+    whole = bench(store, tmp_path)
+    options = whole.config.encoder.model_dump()["options"] | encoder
+    timm = whole.config.encoder.model_copy(update={"options": options})
+    context = replace(whole.context(), encoder=build_encoder(timm, pool="cls", encoder_dir=None))
+    block: Any = whole.config.method
+    masked = getattr(block, stage).model_copy(update={"mask_ratio": mask_ratio})
+    with pytest.raises(ConfigError, match=said):
+        build(block.model_copy(update={stage: masked}), context)
+
+
 def test_views_of_both_augmentations(store: Path, tmp_path: Path) -> None:
     minimal = make_views(MaeCTConfig(crop_scale_min=0.3), bench(store, tmp_path).encoder)
     assert (minimal.config.scale, minimal.config.interpolation) == ((0.3, 1.0), "bicubic")
@@ -393,6 +417,17 @@ def test_a_queue_of_another_data_set_hides_no_image(store: Path, tmp_path: Path)
     assert set(found.queue.ids.tolist()) == set(found.queue.labels.tolist()) == {-1}
     same: Any = build(method, replace(context, has_start_data=True)).modules[HEAD]
     assert torch.equal(same.queue.ids, kept["queue.ids"])
+
+
+def test_a_head_that_a_run_left_untrained_is_none(store: Path, tmp_path: Path) -> None:
+    """A run that was asked to finish early in its stage `mae` keeps the head it began with."""
+    first = bench(store, tmp_path)
+    unborn = copies(modules(first)[HEAD])
+    context = replace(first.context(), start_head=lambda name: unborn)
+    method: Any = first.config.method.model_copy(update={"stages": ["contrastive_tuning"]})
+    with pytest.raises(ConfigError, match="no trained head"):
+        build(method, context)
+    build(method.model_copy(update={"allow_random_head": True}), context)
 
 
 def test_the_baseline_that_does_both_at_once(store: Path, tmp_path: Path) -> None:
