@@ -25,6 +25,7 @@ from tests.conformance import (
     adapters_mae,
     adapters_nnclr,
     adapters_optim,
+    adapters_transformer_head,
     adapters_views,
 )
 from tests.conformance.convert import Adapter, Case, integers, loss_and_gradient, options, tensors
@@ -199,5 +200,6 @@ ADAPTERS: dict[tuple[str, str], Adapter] = {
     **adapters_mae.ADAPTERS,
     **adapters_nnclr.ADAPTERS,
     **adapters_optim.ADAPTERS,
+    **adapters_transformer_head.ADAPTERS,
     **adapters_views.ADAPTERS,
 }

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,13 +21,15 @@ from ctune.config import RunConfig
 from ctune.distributed import World
 from ctune.events import Metrics
 from ctune.features import RunImages
-from ctune.losses.contrastive import supervised_contrastive_loss_sharded
+from ctune.head_sizes import SequenceMode, TransformerSettings
+from ctune.losses.contrastive import nt_xent_loss, supervised_contrastive_loss_sharded
 from ctune.methods.base import RunContext, Stage
 from ctune.nnclr_head import NNCLRHead, NNCLRSettings
 from ctune.schema import JsonObject
 from ctune.seeding import seed_everything
 from ctune.store import PackedStore
 from ctune.train import Hooks, fit
+from ctune.transformer_head import TransformerProjectionHead, images_in_scope
 from tests.ctune.collectives import (
     check_a_stage,
     check_decisions,
@@ -170,6 +172,36 @@ def nnclr_head(world: World) -> JsonObject:
     return {"loss": loss, "gradients": gradients, "state": head.state_dict()}
 
 
+def transformer_heads(world: World) -> JsonObject:
+    """Return losses and gradients of both kinds of sequence above a linear layer.
+
+    Every process runs the head on all rows, with batch norm inside it and at its end.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(IMAGES, VIEWS, WIDTH, generator=generator)
+    layer = torch.nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator))
+    settings = TransformerSettings(dim=8, depth=2, num_heads=2, ffn_dim=16, norm="batch")
+    seed_everything(2)
+    heads = torch.nn.ModuleDict(
+        {
+            mode: TransformerProjectionHead(WIDTH, 4, settings=settings, sequence_mode=mode)
+            for mode in get_args(SequenceMode)
+        }
+    )
+    losses = []
+    for head in heads.values():
+        vectors = world.gather(inputs[world.share(IMAGES)] @ layer)
+        z = head(images_in_scope(vectors, "global", world).transpose(0, 1).flatten(0, 1))
+        views = torch.stack(z.chunk(VIEWS), dim=1)
+        loss = nt_xent_loss(views, temperature=0.2, normalize=True)
+        torch.autograd.backward(loss)
+        losses.append(loss.detach())
+    parameters = {"layer": layer} | dict(heads.named_parameters())
+    world.average_gradients(parameters.values())
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    return {"loss": world.mean(torch.stack(losses)), "gradients": gradients}
+
+
 def encode(store: Path, folder: Path, world: World) -> JsonObject:
     """Return the features of both splits: 48 and 18 images, encoded 10 at a time, so 5 and 2 turns.
 
@@ -198,6 +230,7 @@ def compute(store: Path, folder: Path, world: World) -> dict[str, JsonObject]:
     return found | {
         "sharded supcon": sharded_supcon(world),
         "nnclr head": nnclr_head(world),
+        "transformer heads": transformer_heads(world),
         "encode": encode(store, folder, world),
     }
 

@@ -63,7 +63,7 @@ def found(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
     return [*(torch.load(folder / f"{rank}.pt") for rank in range(2)), alone]
 
 
-@pytest.mark.parametrize("case", [*CASES, "sharded supcon", "nnclr head"])
+@pytest.mark.parametrize("case", [*CASES, "sharded supcon", "nnclr head", "transformer heads"])
 def test_two_processes_find_the_loss_and_the_gradients_of_one(
     found: list[dict[str, Any]], case: str
 ) -> None:
