@@ -369,7 +369,9 @@ def freeze_lower_blocks(encoder: Encoder, stage: TuningConfig) -> list[nn.Module
     Raises:
         ConfigError: there are no more blocks than those to be frozen.
     """
-    count, depth = int(stage.num_frozen_blocks), encoder.num_blocks
+    depth, count = encoder.num_blocks, stage.num_frozen_blocks
+    if count == "auto":  # the depth was not known before
+        count = depth // 2
     if count >= depth:
         raise ConfigError(
             f"num_frozen_blocks is {count}, but {encoder.architecture} has {depth} blocks",
@@ -382,7 +384,8 @@ def freeze_lower_blocks(encoder: Encoder, stage: TuningConfig) -> list[nn.Module
     for parameter, trained in zip(parameters.values(), mask, strict=True):
         parameter.requires_grad_(trained)
     blocks: Any = encoder.backbone.blocks
-    return [encoder.backbone.get_submodule("patch_embed"), *blocks[:count]] if count else []
+    below = itertools.takewhile(lambda part: part is not blocks, encoder.backbone.children())
+    return [*below, *blocks[:count]] if count else []
 
 
 def make_views(config: MaeCTConfig, encoder: Encoder) -> ViewPipeline:

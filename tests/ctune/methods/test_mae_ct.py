@@ -1,4 +1,3 @@
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +6,12 @@ import torch
 from pydantic import ValidationError
 
 import ctune
-from ctune.backbones import build_encoder
 from ctune.config import RunConfig, check, resolve
 from ctune.encoders import KnownStart
-from ctune.errors import ConfigError
 from ctune.events import Metrics
 from ctune.manifest import DatasetSummary
 from ctune.methods.base import Stage
 from ctune.methods.mae_ct.config import HEAD, MaeCTConfig
-from ctune.methods.mae_ct.method import build
 from ctune.methods.mae_ct.stages import HeadTraining, make_views
 from ctune.schema import JsonObject
 from ctune.store import PackedStore
@@ -351,35 +347,12 @@ def test_a_prefilled_queue_has_images_before_the_first_step(store: Path, tmp_pat
     assert changed(before, head.queue) == set(), "a resumed run leaves it as it is"
 
 
-@pytest.mark.parametrize(
-    ("encoder", "mask_ratio", "said"),
-    [({"reg_tokens": 1}, 0.5, "no register tokens"), ({}, 0.9, "leaves none of 4 patches")],
-)
-@pytest.mark.parametrize("stage", ["head_init", "contrastive_tuning"])
-def test_a_mask_that_does_not_fit_is_refused_before_any_stage(
-    encoder: JsonObject, mask_ratio: float, said: str, stage: str, store: Path, tmp_path: Path
-) -> None:
-    whole = bench(store, tmp_path)
-    options = whole.config.encoder.model_dump()["options"] | encoder
-    timm = whole.config.encoder.model_copy(update={"options": options})
-    context = replace(whole.context(), encoder=build_encoder(timm, pool="cls", encoder_dir=None))
-    block: Any = whole.config.method
-    masked = getattr(block, stage).model_copy(update={"mask_ratio": mask_ratio})
-    with pytest.raises(ConfigError, match=said):
-        build(block.model_copy(update={stage: masked}), context)
-
-
 def test_views_of_both_augmentations(store: Path, tmp_path: Path) -> None:
     minimal = make_views(MaeCTConfig(crop_scale_min=0.3), bench(store, tmp_path).encoder)
     assert (minimal.config.scale, minimal.config.interpolation) == ((0.3, 1.0), "bicubic")
     assert minimal.config.jitter_prob == 0
     strong = make_views(MaeCTConfig(augmentation="byol"), bench(store, tmp_path).encoder)
     assert (strong.config.jitter_prob, strong.config.blur_prob) == (0.8, 1.0)
-
-
-def test_more_frozen_blocks_than_there_are(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"num_frozen_blocks is 2, but \w+ has 2 blocks"):
-        bench(store, tmp_path, contrastive_tuning={"num_frozen_blocks": 2})
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -404,30 +377,6 @@ def test_one_job_and_one_per_stage_give_the_same_encoder(store: Path, tmp_path: 
     folders = (tmp_path / run / "model" for run in ("whole", "2"))
     first, second = (read_weights(folder / f"{HEAD}.safetensors") for folder in folders)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
-
-
-def test_a_queue_of_another_data_set_hides_no_image(store: Path, tmp_path: Path) -> None:
-    first = bench(store, tmp_path)
-    train(first, 0)
-    kept = copies(modules(first)[HEAD])
-    context = replace(first.context(), start_head=lambda name: kept, has_start_data=False)
-    method: Any = first.config.method.model_copy(update={"stages": ["contrastive_tuning"]})
-    found: Any = build(method, context).modules[HEAD]
-    assert torch.equal(found.queue.features, kept["queue.features"])
-    assert set(found.queue.ids.tolist()) == set(found.queue.labels.tolist()) == {-1}
-    same: Any = build(method, replace(context, has_start_data=True)).modules[HEAD]
-    assert torch.equal(same.queue.ids, kept["queue.ids"])
-
-
-def test_a_head_that_a_run_left_untrained_is_none(store: Path, tmp_path: Path) -> None:
-    """A run that was asked to finish early in its stage `mae` keeps the head it began with."""
-    first = bench(store, tmp_path)
-    unborn = copies(modules(first)[HEAD])
-    context = replace(first.context(), start_head=lambda name: unborn)
-    method: Any = first.config.method.model_copy(update={"stages": ["contrastive_tuning"]})
-    with pytest.raises(ConfigError, match="no trained head"):
-        build(method, context)
-    build(method.model_copy(update={"allow_random_head": True}), context)
 
 
 def test_the_baseline_that_does_both_at_once(store: Path, tmp_path: Path) -> None:
