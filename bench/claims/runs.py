@@ -90,7 +90,7 @@ SIZES = {
         mae={"epochs": 50, "batch_size": 128, "base_lr": 2e-3},
         mae_ct={"batch_size": 256, "crop_scale_min": 0.2},
         head_init={"epochs": 5},
-        tuning={"epochs": 5, "top_k": 10},
+        tuning={"epochs": 5, "top_k": 10, "base_lr": 1e-3, "head_base_lr": 1e-3},
         combined={"epochs": 35, "batch_size": 128, "base_lr": 1e-3},
         supervised_epochs=24,
     ),
