@@ -196,15 +196,16 @@ class Calibration(Run):
         Only a CPU gets fewer than a whole step: there a small one, tried first, shows the pace.
         """
         images, accumulate = whole, stage.accumulate_steps
-        few = max(TRIAL_IMAGES, fewest_images(stage.sampler))
+        least = fewest_images(stage.sampler)
+        few = max(TRIAL_IMAGES, least)
         if self._device.type == "cpu" and whole * accumulate > few:
-            images = min(few, whole)
+            images = equal_part(whole, few, least=least)
             trial_s = self._steps_s(plan, stage, images=images, limit_s=TRIAL_S)
             room = int(limit_s / STEPS_IN_TIME / (trial_s / images))
             if room <= images:
                 return images, 1, trial_s
-            images = min(whole, room)
-            accumulate = min(accumulate, room // images)
+            images = equal_part(whole, room, least=least)
+            accumulate = max(1, min(accumulate, room // images))
         step_s = self._steps_s(plan, stage, images=images, accumulate=accumulate, limit_s=limit_s)
         return images, accumulate, step_s
 
@@ -235,13 +236,20 @@ class Calibration(Run):
 
 
 def fewest_images(sampler: EpochBatches) -> int:
-    """Return how many first rows of a batch any loss can do with: of balanced classes two.
+    """Return how many first rows of a batch any loss can do with: two, of balanced classes too.
 
-    Fewer say nothing to a loss that compares classes.
+    Fewer say nothing to a loss that compares images or classes, nor to batch norm.
     """
-    if isinstance(sampler, ClassBalancedBatchSampler):
-        return min(2 * sampler.samples_per_class, sampler.batch_size)
-    return 1
+    per_class = sampler.samples_per_class if isinstance(sampler, ClassBalancedBatchSampler) else 1
+    return min(2 * per_class, sampler.batch_size)
+
+
+def equal_part(whole: int, limit: int, *, least: int) -> int:
+    """Return the largest divisor of `whole` from `least` to `limit`, or `whole` where none is.
+
+    A queue takes whole batches alone, and so equal parts of them.
+    """
+    return next((n for n in range(min(limit, whole), least - 1, -1) if whole % n == 0), whole)
 
 
 def tensor_bytes(state: Any) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ctune.acceleration import accelerate
@@ -82,6 +83,12 @@ class RunFile(Schema):
         return self.encoder_dir
 
 
+def _kept_heads(modules: nn.ModuleDict) -> dict[str, nn.Module]:
+    """Return the heads for the model directory: none that an early end left as it was made."""
+    found = {name: modules[name] for name in HEADS if name in modules}
+    return {name: head for name, head in found.items() if getattr(head, "is_trained", True)}
+
+
 class Run:
     """One run in its directory.
 
@@ -108,7 +115,13 @@ class Run:
         self._summary = self._store.manifest.summary
         start_dir = file.start_dir
         self._start = None if start_dir is None else read_info(start_dir).model_dump(mode="json")
-        self._config = resolve(file.config, self._summary, self._start)
+        try:
+            self._config = resolve(file.config, self._summary, self._start)
+        except ValidationError as error:
+            raise ConfigError(
+                f"what is automatic does not fit the rest of the config: {error}",
+                hint="change one of the values that it names",
+            ) from error
         self._device = choose_device(self._config.resources.gpus, world.local_rank)
         self._warnings: list[JsonObject] = []
         self._started_at = time.monotonic()
@@ -220,8 +233,8 @@ class Run:
             world=self._world,
             heldout_images=self._heldout_images if self._summary.heldout_split else None,
             encoder_is_mae=self._encoder.is_mae or self._starts_from in ("mae", "mae_ct"),
-            has_start_data=(self._start or {}).get("provenance", {}).get("data_sha256")
-            == self._store.manifest.archive_sha256,
+            has_start_data=self._data_identity.items()
+            <= (self._start or {}).get("provenance", {}).items(),
             start_head=self._start_head,
         )
         program: Program = module.build(method, context)
@@ -232,6 +245,12 @@ class Run:
         images = self._images.decoded(split, self._encoder.image_size_px)
         order = np.random.default_rng(self._config.seed).permutation(len(images))
         return images.batch(order[:count])
+
+    @property
+    def _data_identity(self) -> JsonObject:
+        """What tells the images and their order in a split."""
+        manifest = self._store.manifest
+        return {"data_sha256": manifest.archive_sha256, "data_options": manifest.options}
 
     @property
     def _starts_from(self) -> str | None:
@@ -324,11 +343,11 @@ class Run:
         return export_model(
             self._encoder,
             self._run_dir.model,
-            heads={name: modules[name] for name in HEADS if name in modules},
+            heads=_kept_heads(modules),
             classes=self._summary.classes or None,
             provenance={
                 "config": self._config.model_dump(mode="json"),
-                "data_sha256": self._store.manifest.archive_sha256,
+                **self._data_identity,
                 "job_id": self._file.job_id,
                 "parent": self._parent,
                 "stopped_early": self._early_end.ended,

@@ -17,6 +17,7 @@ from ctune.measuring import (
     Calibration,
     FewerImages,
     calibrate,
+    equal_part,
     tensor_bytes,
 )
 from ctune.methods import METHOD_CONFIGS
@@ -104,6 +105,23 @@ def test_several_gpus_share_the_batch(
     assert sizes == [4, 8], "first a few to see the pace, then one half of 16"
     assert "1/2 of each batch" in found.remarks[0]
     assert len(found.remarks) == 1
+
+
+@pytest.mark.parametrize(
+    ("whole", "limit", "least", "part"),
+    [(256, 137, 2, 128), (256, 256, 2, 256), (12, 5, 2, 4), (13, 12, 2, 13), (1, 4, 1, 1)],
+)
+def test_equal_parts_of_a_batch(whole: int, limit: int, least: int, part: int) -> None:
+    assert equal_part(whole, limit, least=least) == part
+
+
+def test_a_queue_takes_the_smaller_batches_too(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "TRIAL_IMAGES", 5)
+    config = tiny_config("mae_ct")
+    config["method"]["stages"] = ["head_init"]
+    assert run(store, tmp_path, config).stages[0].step_s > 0
 
 
 def test_bytes_of_nested_tensors() -> None:

@@ -46,5 +46,5 @@ class MaeConfig(MethodConfigBase):
     def check_data(self, summary: DatasetSummary) -> list[Fault]:
         """Return what the data set lacks: a whole batch of images."""
         images = summary.splits.get("train", 0)
-        fault = batch_fault("/mae/batch_size", int(self.mae.batch_size), images)
-        return super().check_data(summary) + fault
+        size, faults = self.mae.batch_size, super().check_data(summary)
+        return faults if size == "auto" else faults + batch_fault("/mae/batch_size", size, images)

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ctune.methods.mae_config import LARGE_WIDTH
+
 Augmentation = Literal["minimal", "byol"]
 Size = Literal["base", "large", "huge"]
 
-BASE_WIDTH, LARGE_WIDTH = 768, 1024
+BASE_WIDTH = 768
 
 
 @dataclass(frozen=True)

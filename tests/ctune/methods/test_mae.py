@@ -125,6 +125,7 @@ def test_fewer_images_than_a_batch_are_refused() -> None:
         settled(batch_size=12).planned(11)
     (fault,) = check(RunConfig.model_validate(tiny_config("mae")), summary)
     assert (fault.pointer, fault.code) == ("/method/mae/batch_size", "batch_larger_than_data")
+    assert MaeConfig(preset="paper").check_data(summary) == [], "what is automatic is not known yet"
 
 
 def test_the_first_step_is_0_only_with_inclusive_endpoints() -> None:

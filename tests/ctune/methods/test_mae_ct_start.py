@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import ctune
 from ctune.backbones import build_encoder
 from ctune.encoders import TimmEncoder
 from ctune.errors import ConfigError
@@ -14,8 +15,10 @@ from ctune.methods.mae_ct.config import HEAD
 from ctune.methods.mae_ct.method import build
 from ctune.methods.mae_ct.stage_config import TuningConfig
 from ctune.methods.mae_ct.stages import freeze_lower_blocks
+from ctune.rundir import RunDir
 from ctune.schema import JsonObject
 from tests.ctune.methods.test_mae_ct import bench, copies, modules, train
+from tests.squares import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -90,3 +93,12 @@ def test_a_head_that_a_run_left_untrained_is_none(store: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match="no trained head"):
         build(method, context)
     build(method.model_copy(update={"allow_random_head": True}), context)
+
+
+def test_a_run_that_ends_before_its_head_keeps_none(store: Path, tmp_path: Path) -> None:
+    RunDir(tmp_path).create().finish.touch()
+    config = tiny_config("mae_ct", evaluation={"protocols": ["knn"], "knn_k": 5})
+    result = ctune.run(config, store, tmp_path)
+    assert result["stopped_early"]["stage"] == "mae"
+    assert not (tmp_path / "model" / f"{HEAD}.safetensors").exists()
+    assert (tmp_path / "model" / "model.safetensors").exists()
