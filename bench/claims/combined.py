@@ -22,7 +22,7 @@ def combined(bench: Bench, seed: int) -> JsonObject:
 
 def sequence(bench: Bench, seed: int) -> JsonObject:
     """Return the result of the last of three stages, with the passes and seconds of all."""
-    stages = [mae_start(bench), head_init(bench, seed, {}), tuned(bench, seed, {})]
+    stages = [mae_start(bench), head_init(bench, seed), tuned(bench, seed)]
     costs = {name: sum(stage[name] for stage in stages) for name in ("image_passes", "train_s")}
     return stages[-1] | costs
 

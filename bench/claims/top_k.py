@@ -11,7 +11,7 @@ def main(bench: Bench) -> None:
     """Print one row per k, and one of the start."""
     runs = {"MAE": [mae_start(bench)]}
     for k in KS:
-        runs[f"k {k}"] = [tuned(bench, seed, {}, top_k=k) for seed in bench.seeds]
+        runs[f"k {k}"] = [tuned(bench, seed, top_k=k) for seed in bench.seeds]
     print_table(
         ["", *SCORES, "image passes", "minutes"],
         [[title, *scores_row(r, SCORES.values()), *cost_row(r)] for title, r in runs.items()],
