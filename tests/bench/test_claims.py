@@ -13,6 +13,8 @@ from bench.claims import combined, lacvit, mae_ct, mae_start, top_k
 from bench.claims.runs import SIZES, Bench, parse, vit, with_interval
 from tests.squares import SIDE_PX, write_archive
 
+pytestmark = pytest.mark.slow
+
 SIZE = replace(
     SIZES["cpu"],
     train_per_class=24,
