@@ -21,6 +21,7 @@ from service.jobs.pictures import Pictures, curve
 from service.jobs.score_table import score_groups
 
 MAX_CURVES = 24
+"""Of a stage."""
 HEADLINES = (("knn", "top1"), ("linear_probe", "top1"), ("isotropy", "isotropy_score"))
 FIRST_CURVES = ("loss", "accuracy", "top1", "knn", "lr", "online")
 ENGINE_CURVES = ("grad_norm", "images_per_s", "data_wait", "steps_per_s")
@@ -225,11 +226,15 @@ def _stages(
         key=lambda one: (order.get(one["stage"], len(order)), one["stage"], _rank(one["name"]))
     )
     stages: dict[str, JsonObject] = {}
-    for one in drawable[:MAX_CURVES]:
-        stage = {"name": one["stage"], "curves": [], "engine": []}
-        kind = "engine" if one["name"] in ENGINE_CURVES else "curves"
-        stages.setdefault(one["stage"], stage)[kind].append(curve(one))
-    return list(stages.values()), [f"{one['stage']} {one['name']}" for one in drawable[MAX_CURVES:]]
+    left_out = []
+    for one in drawable:
+        empty: JsonObject = {"name": one["stage"], "curves": [], "engine": []}
+        stage = stages.setdefault(one["stage"], empty)
+        if len(stage["curves"]) + len(stage["engine"]) >= MAX_CURVES:
+            left_out.append(f"{one['stage']} {one['name']}")
+            continue
+        stage["engine" if one["name"] in ENGINE_CURVES else "curves"].append(curve(one))
+    return list(stages.values()), left_out
 
 
 def _rank(name: str) -> tuple[int, str]:

@@ -10,6 +10,7 @@ import pytest
 from ctune.figures_file import FiguresFile, read_figures
 from service.jobs import lifecycle, output_routes
 from service.jobs.lifecycle import Ending
+from service.jobs.page import MAX_CURVES, _stages
 from tests.service import rows
 from tests.service.conftest import Api
 from tests.service.jobs.reported import HOSTILE, LONG, add_reported_job
@@ -261,3 +262,17 @@ def test_a_data_set_that_is_gone_is_said(sqlite_api: Api) -> None:
 def test_long_names_are_cut_in_charts_only(sqlite_api: Api) -> None:
     _, page = page_of(sqlite_api, add_reported_job(sqlite_api))
     assert LONG in page.text and f"{LONG[:10]}… 3" in page.text
+
+
+def test_no_stage_crowds_out_the_curves_of_another() -> None:
+    stays = [{"phase": stage} for stage in ("mae", "head_init", "contrastive_tuning")]
+    series = [
+        {"stage": stay["phase"], "name": f"metric_{n}", "values": [1.0, 2.0], "steps": [0, 1]}
+        for stay in stays
+        for n in range(MAX_CURVES + 1)
+    ]
+    stages, left_out = _stages(series, stays)
+    assert [(one["name"], len(one["curves"])) for one in stages] == [
+        (stay["phase"], MAX_CURVES) for stay in stays
+    ]
+    assert len(left_out) == len(stays)
